@@ -1,0 +1,56 @@
+"""The errors that a user can reach. Each message says what is wrong, what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LongMemError(Exception):
+    """Base of every error that LongMem raises on purpose; the launchers print it without a traceback.
+
+    Args:
+        what: What is wrong, as one sentence.
+        got: What was found.
+        expected: What would have been right.
+        do: What the user can do about it.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, do: str | None = None) -> None:
+        parts = [what]
+        if got is not None:
+            parts.append(f"got: {got}")
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if do is not None:
+            parts.append(f"do: {do}")
+        super().__init__("; ".join(parts))
+
+
+class ConfigError(LongMemError):
+    """A configuration is invalid. Holds every problem found, not only the first.
+
+    Args:
+        problems: One line for each problem.
+        source: Where the configuration came from (a file, the command line).
+    """
+
+    def __init__(self, problems: Sequence[str], *, source: str = "configuration") -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{source} has {len(self.problems)} problem(s):\n{lines}")
+
+
+class DataError(LongMemError):
+    """Input text or a token store is missing, empty, malformed or foreign."""
+
+
+class BackboneError(LongMemError):
+    """A backbone cannot be used: unknown family, unsupported variant, missing files."""
+
+
+class CheckpointError(LongMemError):
+    """A checkpoint is missing, incomplete, corrupt, or belongs to another run."""
+
+
+class TrainingError(LongMemError):
+    """Training cannot go on: a loss that is not finite, a run folder in use, ranks that disagree."""
