@@ -1,0 +1,1 @@
+"""Evaluation as the paper does it."""

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up, checks the code and runs the tests: bash launch/test.sh [pytest arguments, such as tests/unit -k bank]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh --dev
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Tests with several ranks would otherwise start (ranks x cores) threads.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+status=0
+bash launch/lint.sh || status=1
+.venv/bin/python -m pytest "$@" || status=1
+exit "$status"

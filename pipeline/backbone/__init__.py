@@ -1,0 +1,1 @@
+"""The frozen backbone: family table, taps, memory keys and values."""

@@ -1,0 +1,262 @@
+"""The frozen backbone as a memory encoder.
+
+Shapes: `B` rows, `T` tokens, `E` hidden size, `H` query heads, `Hkv` key/value heads, `D` head size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.backbone.encoding import Encoding, KeyValue, LayerCall
+from pipeline.backbone.families import attention_scale, family_of, position_encoding, sliding_window
+from pipeline.backbone.masks import document_mask
+from pipeline.positions import PositionEncoding
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+
+
+def _whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """The gather of a model that is not partitioned: nothing to do."""
+    return nullcontext()
+
+
+class Backbone(nn.Module):
+    """A frozen causal LM that yields taps, layer calls, memory keys and values.
+
+    Args:
+        model: A `transformers` causal LM of a known family; frozen here.
+        taps: Numbers of layers (0 to all) after which the residual stream is kept.
+        calls: Layers, counted from 1, whose call is kept.
+        memory_layers: Layers, counted from 1, whose keys and values are kept.
+        gather: Context manager that makes partitioned parameters whole while it is open (ZeRO-3); every rank must
+            enter it together.
+
+    Raises:
+        BackboneError: The family is unknown or the variant is not supported.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        taps: Sequence[int] = (),
+        calls: Sequence[int] = (),
+        memory_layers: Sequence[int] = (),
+        gather: Gather = _whole,
+    ) -> None:
+        super().__init__()
+        self.family = family_of(model.config)
+        self.model = model
+        self.gather = gather
+        self.tap_points = tuple(sorted(set(taps)))
+        self.call_layers = tuple(sorted(set(calls)))
+        self.memory_layers = tuple(memory_layers)
+        self._taps: dict[int, Tensor] = {}
+        self._calls: dict[int, LayerCall] = {}
+        self._projected: dict[tuple[int, str], Tensor] = {}
+        self._mask_documents: Tensor | None = None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.eval()
+        self._register()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that holds the layers."""
+        return self.model.get_submodule(self.family.decoder)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """All layers, in order."""
+        return list(getattr(self.decoder, self.family.layers))
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        return self.decoder.get_submodule(self.family.norm)
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head."""
+        return self.model.get_submodule(self.family.head)
+
+    @property
+    def hidden_size(self) -> int:
+        """`E`."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def num_heads(self) -> int:
+        """`H`."""
+        return int(self.model.config.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """`Hkv`."""
+        return int(getattr(self.model.config, "num_key_value_heads", None) or self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """`D`."""
+        return int(getattr(self.model.config, "head_dim", None) or self.hidden_size // self.num_heads)
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer.
+
+        Args:
+            layer: The layer, counted from 1.
+
+        Returns:
+            The module.
+        """
+        return self.layers[layer - 1].get_submodule(self.family.attention)
+
+    def scale(self, layer: int) -> float:
+        """The factor on `q k^T` in a layer, counted from 1.
+
+        Args:
+            layer: The layer, counted from 1.
+
+        Returns:
+            The factor.
+        """
+        return attention_scale(self.attention(layer), self.head_dim)
+
+    def positions(self, layer: int) -> PositionEncoding:
+        """The position encoding of a layer.
+
+        Args:
+            layer: The layer, counted from 1.
+
+        Returns:
+            The encoding.
+        """
+        return position_encoding(self.family, self.decoder, layer - 1, num_heads=self.num_heads)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Encoding:
+        """Encodes one segment of each row.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            documents: Document of each token, int64 `[B, T]`, if attention must not cross documents (positions then
+                begin anew with each document); else None.
+
+        Returns:
+            The encoding; none of its tensors requires a gradient.
+        """
+        kwargs: dict[str, Any] = {}
+        if documents is not None:
+            kwargs["position_ids"] = _positions_in_document(documents)
+        self._mask_documents = documents
+        try:
+            self.decoder(input_ids=tokens, use_cache=False, **kwargs)
+            memory = [KeyValue(*self._split(layer)[1:]) for layer in self.memory_layers]
+            return Encoding(dict(self._taps), dict(self._calls), memory, documents)
+        finally:
+            self._taps.clear()
+            self._calls.clear()
+            self._projected.clear()
+            self._mask_documents = None
+
+    @contextmanager
+    def head_parameters(self, *, norm: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Makes the LM head whole while the context is open.
+
+        Collective: with a partitioned backbone every rank must enter together.
+
+        Args:
+            norm: Whether the final norm is made whole too.
+
+        Yields:
+            Weight `[V, E]` and bias `[V]` (or None).
+        """
+        parameters = [*self.head.parameters(), *(self.norm.parameters() if norm else ())]
+        with self.gather(parameters):
+            yield self.head.weight, getattr(self.head, "bias", None)  # type: ignore[misc]
+
+    def _split(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = [self._projected[layer, name] for name in self.family.hooked]
+        return self.family.split(outputs, self.head_dim)
+
+    def _register(self) -> None:
+        layers = self.layers
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._on_layer(index), with_kwargs=True)
+        if len(layers) in self.tap_points:
+            layers[-1].register_forward_hook(self._on_last_layer())
+        for number in self.memory_layers:
+            for name in self.family.hooked:
+                self.attention(number).get_submodule(name).register_forward_hook(self._on_projection(number, name))
+
+    def _on_layer(self, index: int) -> Callable[..., Any]:
+        """Before a layer: keeps the tap and the call, and forbids attention across documents where asked."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._mask_documents is not None:
+                window = sliding_window(self.attention(index + 1))
+                mask = document_mask(self._mask_documents, dtype=args[0].dtype, window=window)
+                args, kwargs = _with_mask(args, kwargs, mask)
+            if index in self.tap_points:
+                self._taps[index] = args[0]
+            if index + 1 in self.call_layers:
+                self._calls[index + 1] = LayerCall(args[1:], kwargs)
+            return args, kwargs
+
+        return hook
+
+    def _on_last_layer(self) -> Callable[..., None]:
+        last = len(self.layers)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._taps[last] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _on_projection(self, layer: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._projected[layer, name] = output
+
+        return hook
+
+
+def _with_mask(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Puts a mask where a layer expects it: by keyword, or (GPT-2) as the third positional argument."""
+    if "attention_mask" in kwargs:
+        return args, {**kwargs, "attention_mask": mask}
+    return (*args[:2], mask, *args[3:]), kwargs
+
+
+def _positions_in_document(documents: Tensor) -> Tensor:
+    """Position of each token since its document (or the segment) began, int64 `[B, T]`."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def identity(model: nn.Module, *, gather: Gather = _whole) -> str:
+    """A hash of every parameter's name, shape and bytes (in float32): says whether two backbones are the same.
+
+    Collective: with a partitioned backbone every rank must call it.
+
+    Args:
+        model: The causal LM.
+        gather: As in `Backbone`.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        with gather([parameter]):
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

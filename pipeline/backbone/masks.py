@@ -1,0 +1,51 @@
+"""Which tokens of its own segment a query may attend to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible_in_segment(
+    rows: slice, length: int, *, documents: Tensor | None, window: int | None, device: torch.device
+) -> Tensor:
+    """Whether the queries of `rows` see each token of the segment: causal, within a window, within a document.
+
+    Args:
+        rows: The query tokens.
+        length: `T`.
+        documents: Document of each token, int64 `[B, T]`, or None when attention may cross documents.
+        window: Number of tokens, the query's own among them, that a layer with a sliding window sees; or None.
+        device: Where the mask is made.
+
+    Returns:
+        bool `[B or 1, 1, len(rows), T]`.
+    """
+    index = torch.arange(length, device=device)
+    distance = index[rows, None] - index[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    if documents is None:
+        return visible[None, None]
+    return visible[None, None] & (documents[:, None, rows, None] == documents[:, None, None, :])
+
+
+def document_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None) -> Tensor:
+    """The additive mask that keeps attention causal and inside a document.
+
+    Args:
+        documents: Document of each token, int64 `[B, T]`.
+        dtype: Floating dtype of the attention logits.
+        window: As in `visible_in_segment`.
+
+    Returns:
+        `[B, 1, T, T]`: 0 where visible, the lowest finite number elsewhere.
+    """
+    length = documents.shape[1]
+    visible = visible_in_segment(
+        slice(0, length), length, documents=documents, window=window, device=documents.device
+    )
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )

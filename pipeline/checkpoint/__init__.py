@@ -1,0 +1,1 @@
+"""Checkpoints: what survives a restart, and the folder that holds it."""

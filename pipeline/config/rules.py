@@ -1,0 +1,79 @@
+"""What must hold between settings. A rule names the values it needs, to be skipped where one of them is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One condition.
+
+    Attributes:
+        fields: Dotted names of the settings that it needs.
+        problem: Takes their values in that order; gives the problem in words, or None where all is well.
+    """
+
+    fields: tuple[str, ...]
+    problem: Callable[..., str | None]
+
+
+def _whole_chunks(name: str) -> Rule:
+    def problem(tokens: int, chunk_size: int) -> str | None:
+        if tokens % chunk_size == 0:
+            return None
+        below = tokens // chunk_size * chunk_size
+        nearest = f"{below} or {below + chunk_size}" if below else f"{chunk_size}"
+        return (
+            f"{name} is not a multiple of memory.chunk_size; got: {tokens} and {chunk_size}; "
+            f"do: set {name} to {nearest}, or another chunk size"
+        )
+
+    return Rule((name, "memory.chunk_size"), problem)
+
+
+def _group_size(group_size: int) -> str | None:
+    if group_size == 1:
+        return None
+    return f"memory.group_size is {group_size}: sharded memory is not available yet; do: set memory.group_size 1"
+
+
+def _warmup(warmup_steps: int, steps: int) -> str | None:
+    if warmup_steps <= steps:
+        return None
+    return f"train.warmup_steps is longer than the run; got: {warmup_steps}; expected: at most train.steps {steps}"
+
+
+def _memory_layers(memory_layers: object, num_layers: int | None) -> str | None:
+    if num_layers is None or not isinstance(memory_layers, (list, tuple)) or max(memory_layers) <= num_layers:
+        return None
+    return (
+        f"sidenet.memory_layers names a layer that the SideNet does not have; got: {max(memory_layers)}; "
+        f"expected: 1 to sidenet.num_layers {num_layers}"
+    )
+
+
+RULES = (
+    _whole_chunks("memory.tokens"),
+    _whole_chunks("memory.top_k_tokens"),
+    _whole_chunks("train.segment_tokens"),
+    Rule(("memory.group_size",), _group_size),
+    Rule(("train.warmup_steps", "train.steps"), _warmup),
+    Rule(("sidenet.memory_layers", "sidenet.num_layers"), _memory_layers),
+)
+
+
+def rule_problems(values: Mapping[str, Any]) -> list[str]:
+    """Check all rules whose settings are known.
+
+    Args:
+        values: Dotted name to valid value. A rule with a name that is missing here is skipped.
+
+    Returns:
+        One line for each broken rule.
+    """
+    usable = [rule for rule in RULES if all(name in values for name in rule.fields)]
+    found = [rule.problem(*(values[name] for name in rule.fields)) for rule in usable]
+    return [problem for problem in found if problem is not None]

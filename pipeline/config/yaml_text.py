@@ -1,0 +1,59 @@
+"""YAML as this configuration reads and writes it: numbers such as `2e-4` are numbers, a key given twice is an error."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+# PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent: `2e-4` would be text.
+EXPONENT_FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+FLOAT_TAG = "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key given twice: {', '.join(repeated)}", node.start_mark
+            )
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# Both sides know the same numbers, or a folder named `2e4` would be written without quotes and read back as 20000.
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(FLOAT_TAG, EXPONENT_FLOAT, list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: The document.
+
+    Returns:
+        Plain Python values.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML, or a mapping names a key twice.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+def write_yaml(value: Any) -> str:
+    """Write plain values so that `read_yaml` gives them back.
+
+    Args:
+        value: Mappings, lists, text, numbers, booleans, None.
+
+    Returns:
+        The YAML text, keys in the order of the mappings.
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,235 @@
+"""The token store: an Arrow folder per split, one row a document, and store.json that says what is in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer, tokenizer_identity
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["FORMAT_VERSION", "SplitInfo", "StoreInfo", "TokenStore", "check_tokenizer", "is_store", "write_store"]
+__all__ += ["STORE_FEATURES", "list_lengths", "tokenizer_identity"]
+
+FORMAT_VERSION = 1
+STORE_FEATURES = datasets.Features(tokens=datasets.List(datasets.Value("int32")), source=datasets.Value("string"))
+_INFO_FILE = "store.json"
+_PREPARE = "make one with launch/prepare_data.py"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Counts of one split; lengths are in tokens.
+
+    Attributes:
+        num_documents: Number of documents.
+        num_tokens: Tokens of all documents together.
+        min_document_tokens: Length of the shortest document.
+        max_document_tokens: Length of the longest document.
+        length_histogram: Number of documents by length: key ``2**n`` counts the lengths from ``2**n`` to ``2**(n+1) - 1``.
+    """
+
+    num_documents: int
+    num_tokens: int
+    min_document_tokens: int
+    max_document_tokens: int
+    length_histogram: dict[str, int]
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What store.json says.
+
+    Attributes:
+        format_version: Version of the layout on disk.
+        tokenizer: The tokenizer that made the tokens.
+        splits: Counts by name of the split.
+    """
+
+    format_version: int
+    tokenizer: TokenizerInfo
+    splits: dict[str, SplitInfo]
+
+
+class TokenStore:
+    """One split of a token store, memory-mapped: only what is asked for is read from disk.
+
+    Args:
+        path: The folder of the store.
+        split: Name of the split.
+        info: What store.json says.
+        column: The documents' tokens, ``list<int32>``.
+        sources: The documents' sources, strings.
+
+    Attributes:
+        path: The folder of the store.
+        split: Name of the split.
+        info: What store.json says.
+        lengths: Tokens of each document, int64 ``[num_documents]``.
+    """
+
+    def __init__(
+        self, path: Path, split: str, *, info: StoreInfo, column: pa.ChunkedArray, sources: pa.ChunkedArray
+    ) -> None:
+        self.path = path
+        self.split = split
+        self.info = info
+        self.lengths: npt.NDArray[np.int64] = list_lengths(column)
+        self._column = column
+        self._sources = sources
+
+    @classmethod
+    def open(cls, path: str | Path, split: str = "train") -> TokenStore:
+        """Open one split of a store for reading.
+
+        Args:
+            path: The folder that launch/prepare_data.py made.
+            split: ``train`` or ``validation``.
+
+        Raises:
+            DataError: The folder, its store.json or the split is missing, empty, damaged or of another version.
+        """
+        path = Path(path).expanduser()
+        info = _read_info(path)
+        if split not in info.splits:
+            raise DataError(
+                f"the token store has no split {split!r}",
+                got=f"{path} with {', '.join(sorted(info.splits))}",
+                do="prepare the data again with --validation-documents or --validation",
+            )
+        try:
+            table = datasets.load_from_disk(str(path / split), keep_in_memory=False).data
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise DataError(
+                "the token store is damaged: a split cannot be read", got=f"{path / split} ({error})", do=_PREPARE
+            ) from error
+        store = cls(path, split, info=info, column=table.column("tokens"), sources=table.column("source"))
+        store._check_counts()
+        return store
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """Tokens ``start`` to ``stop`` (exclusive; None: the end) of one document, int64; only these are read."""
+        return self._column[document].values.to_numpy(zero_copy_only=True)[start:stop].astype(np.int64)
+
+    def source(self, document: int) -> str:
+        """Where the document came from: a file, with line or row where there are several in a file."""
+        return str(self._sources[document].as_py())
+
+    def _check_counts(self) -> None:
+        expected = self.info.splits[self.split]
+        found = (self.num_documents, int(self.lengths.sum()))
+        if found != (expected.num_documents, expected.num_tokens):
+            raise DataError(
+                "the token store is damaged: a split does not hold what store.json says",
+                got=f"{found[0]} documents, {found[1]} tokens in {self.path / self.split}",
+                expected=f"{expected.num_documents} documents, {expected.num_tokens} tokens",
+                do=_PREPARE,
+            )
+        if self.num_documents == 0 or self.lengths.min() == 0:
+            raise DataError(
+                "the token store is empty, or has documents without tokens", got=str(self.path / self.split), do=_PREPARE
+            )
+
+
+def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, tokenizer: TokenizerInfo) -> StoreInfo:
+    """Write a store; store.json is written last, so that a folder with one is whole.
+
+    Args:
+        folder: A folder that does not exist, or is empty.
+        splits: By name, datasets with the columns of ``STORE_FEATURES``.
+        tokenizer: The tokenizer that made the tokens.
+
+    Returns:
+        What was written to store.json.
+    """
+    folder = Path(folder)
+    infos = {}
+    for split, dataset in splits.items():
+        dataset.save_to_disk(str(folder / split))
+        written = datasets.load_from_disk(str(folder / split), keep_in_memory=False)
+        infos[split] = _count(list_lengths(written.data.column("tokens")))
+    info = StoreInfo(format_version=FORMAT_VERSION, tokenizer=tokenizer, splits=infos)
+    (folder / _INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    return info
+
+
+def is_store(folder: Path) -> bool:
+    """Whether the folder holds a whole token store of any version."""
+    return (folder / _INFO_FILE).is_file()
+
+
+def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase | str) -> None:
+    """Check that a tokenizer is the one that made the store.
+
+    Args:
+        store: The open store.
+        tokenizer: The tokenizer, usually the backbone's, or its identity.
+
+    Raises:
+        DataError: It is another tokenizer; the message names both.
+    """
+    made_by = store.info.tokenizer
+    if isinstance(tokenizer, str):
+        identity, name = tokenizer, "a tokenizer"
+    else:
+        described = describe_tokenizer(tokenizer)
+        identity, name = described.identity, f"{described.name!r} with {described.vocab_size} ids"
+    if identity != made_by.identity:
+        raise DataError(
+            f"the token store {store.path} was made with another tokenizer",
+            got=f"{name}, identity {identity[:12]}",
+            expected=f"{made_by.name!r} with {made_by.vocab_size} ids, identity {made_by.identity[:12]}",
+            do="prepare the data again with --tokenizer set to the backbone, or set backbone.path to the one it was made for",
+        )
+
+
+def _read_info(path: Path) -> StoreInfo:
+    if not path.is_dir():
+        raise DataError("the token store does not exist", got=f"data.path {path}", do=_PREPARE)
+    if not is_store(path):
+        raise DataError("the folder is not a token store: it has no store.json", got=f"data.path {path}", do=_PREPARE)
+    try:
+        whole = json.loads((path / _INFO_FILE).read_text(encoding="utf-8"))
+        version = whole["format_version"]
+        if version == FORMAT_VERSION:
+            splits = {split: SplitInfo(**counts) for split, counts in whole["splits"].items()}
+            return StoreInfo(version, TokenizerInfo(**whole["tokenizer"]), splits)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            "the token store is damaged: store.json cannot be read", got=f"{path / _INFO_FILE} ({error})", do=_PREPARE
+        ) from error
+    raise DataError("the token store has another format version", got=version, expected=FORMAT_VERSION, do=_PREPARE)
+
+
+def list_lengths(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Length of each list; reads the offsets only, not the lists. Returns int64 ``[len(column)]``."""
+    return np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
+
+
+def _count(lengths: npt.NDArray[np.int64]) -> SplitInfo:
+    exponents = np.frexp(lengths)[1] - 1  # floor(log2(length)), exact below 2**53
+    powers, counts = np.unique(exponents, return_counts=True)
+    return SplitInfo(
+        num_documents=len(lengths),
+        num_tokens=int(lengths.sum()),
+        min_document_tokens=int(lengths.min()),
+        max_document_tokens=int(lengths.max()),
+        length_histogram={str(2 ** int(power)): int(count) for power, count in zip(powers, counts, strict=True)},
+    )

@@ -1,0 +1,1 @@
+"""The memory bank: storing, exact search, and attention over what was found. Plain torch."""

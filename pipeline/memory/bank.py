@@ -1,0 +1,203 @@
+"""One shard of the memory bank: for every memory layer and lane a ring of chunks.
+
+Shapes: `B` lanes, `Hkv` key/value heads, `C` chunks of a ring, `c` tokens of a chunk, `D` head size, `T` segment tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EMPTY = -1  # position and document of a slot that holds nothing
+MIXED = -2  # document of a chunk whose tokens belong to several documents: invisible under scope `document`
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """How large a bank is.
+
+    Attributes:
+        num_layers: Memory layers.
+        num_lanes: `B`.
+        num_kv_heads: `Hkv`.
+        head_dim: `D`.
+        num_chunks: `C`, chunks of each ring.
+        chunk_size: `c`, tokens.
+    """
+
+    num_layers: int
+    num_lanes: int
+    num_kv_heads: int
+    head_dim: int
+    num_chunks: int
+    chunk_size: int
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of keys, values and chunk keys.
+
+        Args:
+            dtype: Dtype of keys and values (chunk keys are float32).
+
+        Returns:
+            The number of bytes.
+        """
+        token = 2 * self.chunk_size * self.head_dim * dtype.itemsize
+        chunk_key = self.head_dim * torch.float32.itemsize
+        return self.num_layers * self.num_lanes * self.num_kv_heads * self.num_chunks * (token + chunk_key)
+
+
+@dataclass(frozen=True)
+class LayerStore:
+    """The rings of one memory layer.
+
+    Attributes:
+        keys: `[Hkv, B, C, c, D]`, unrotated.
+        values: `[Hkv, B, C, c, D]`.
+        chunk_keys: Mean of each chunk's keys, float32 `[Hkv, B, C, D]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    chunk_keys: Tensor
+
+
+class MemoryBank:
+    """Keys and values of the past of `B` lanes that advance in lockstep.
+
+    The bank holds somewhat more than is remembered: a segment is appended before it is read, so a ring has room for
+    the remembered tokens and for the segments of one step. What is visible is decided when it is read.
+
+    Args:
+        shape: Sizes.
+        dtype: Dtype of keys and values.
+        device: Where they are kept.
+    """
+
+    def __init__(self, shape: BankShape, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        rings = (shape.num_kv_heads, shape.num_lanes, shape.num_chunks)
+        whole = (*rings, shape.chunk_size, shape.head_dim)
+        self.layers = [
+            LayerStore(
+                keys=torch.zeros(whole, dtype=dtype, device=device),
+                values=torch.zeros(whole, dtype=dtype, device=device),
+                chunk_keys=torch.zeros((*rings, shape.head_dim), device=device),
+            )
+            for _ in range(shape.num_layers)
+        ]
+        # Lane position of each slot's first token, the same in all lanes. On the host: it decides which slots a
+        # read looks at, and reading it from an accelerator would wait for the accelerator.
+        self.positions = np.full(shape.num_chunks, EMPTY, dtype=np.int64)
+        self.documents = torch.full((shape.num_lanes, shape.num_chunks), EMPTY, dtype=torch.int64, device=device)
+        self.next_slot = 0
+
+    @property
+    def num_filled(self) -> int:
+        """Chunks that hold something, of each ring."""
+        return int((self.positions != EMPTY).sum())
+
+    @property
+    def end(self) -> int:
+        """Lane position after the newest token, 0 for an empty bank."""
+        return int(self.positions.max()) + self.shape.chunk_size if self.num_filled else 0
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.positions.fill(EMPTY)
+        self.documents.fill_(EMPTY)
+        self.next_slot = 0
+
+    @torch.no_grad()
+    def append(self, memory: Sequence[tuple[Tensor, Tensor]], *, start: int, documents: Tensor) -> None:
+        """Writes one segment of every lane over the oldest chunks; nothing else moves.
+
+        Args:
+            memory: Keys and values `[B, Hkv, T, D]` of each memory layer, any floating dtype; `T` a multiple of `c`.
+            start: Lane position of the segment's first token; not before the end of what is stored.
+            documents: Document of each token, int64 `[B, T]`, not negative.
+
+        Raises:
+            ValueError: The segment does not fit the bank (length, layers, order).
+        """
+        shape = self.shape
+        num_tokens = documents.shape[1]
+        count = num_tokens // shape.chunk_size
+        if num_tokens % shape.chunk_size or not 0 < count <= shape.num_chunks:
+            raise ValueError(f"a segment of {num_tokens} tokens does not fit {shape.num_chunks} x {shape.chunk_size}")
+        if len(memory) != shape.num_layers or start < self.end:
+            raise ValueError(f"{len(memory)} layers from {start} do not continue {shape.num_layers} up to {self.end}")
+        first = min(count, shape.num_chunks - self.next_slot)
+        for begin, end, slot in ((0, first, self.next_slot), (first, count, 0)):
+            if begin < end:
+                self._write(memory, slice(begin, end), slice(slot, slot + end - begin))
+                self._label(documents, start, slice(begin, end), slice(slot, slot + end - begin))
+        self.next_slot = (self.next_slot + count) % shape.num_chunks
+
+    def _write(self, memory: Sequence[tuple[Tensor, Tensor]], chunks: slice, slots: slice) -> None:
+        size = self.shape.chunk_size
+        tokens = slice(chunks.start * size, chunks.stop * size)
+        for store, (key, value) in zip(self.layers, memory, strict=True):
+            for target, source in ((store.keys, key), (store.values, value)):
+                chunked = source[:, :, tokens].unflatten(2, (-1, size)).transpose(0, 1)  # [Hkv, B, chunks, c, D]
+                target[:, :, slots].copy_(chunked)
+            # The mean of what is stored, not of what came: a reader can recompute it from the bank.
+            store.chunk_keys[:, :, slots] = store.keys[:, :, slots].float().mean(dim=3)
+
+    def _label(self, documents: Tensor, start: int, chunks: slice, slots: slice) -> None:
+        size = self.shape.chunk_size
+        self.positions[slots] = start + size * np.arange(chunks.start, chunks.stop)
+        chunked = documents[:, chunks.start * size : chunks.stop * size].unflatten(1, (-1, size)).to(self.device)
+        same = (chunked == chunked[..., :1]).all(dim=-1)
+        self.documents[:, slots] = torch.where(same, chunked[..., 0], MIXED)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The filled part of the bank, for a checkpoint.
+
+        Returns:
+            `positions` `[F]` and `documents` `[B, F]` (int64), `next_slot`, and for each layer `i` `keys.i`,
+            `values.i` `[Hkv, B, F, c, D]`, on the host, for the `F` filled slots; chunk keys are recomputed.
+        """
+        filled = torch.from_numpy(np.flatnonzero(self.positions != EMPTY))
+        slots = filled.to(self.device)
+        state = {
+            "slots": filled,
+            "next_slot": torch.tensor(self.next_slot),
+            "positions": torch.from_numpy(self.positions)[filled],
+            "documents": self.documents[:, slots].cpu(),
+        }
+        for index, store in enumerate(self.layers):
+            state[f"keys.{index}"] = store.keys[:, :, slots].cpu().contiguous()
+            state[f"values.{index}"] = store.values[:, :, slots].cpu().contiguous()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `state_dict` returned.
+
+        Args:
+            state: The state of a bank of the same shape and dtype.
+
+        Raises:
+            ValueError: The state belongs to a bank of another shape or dtype.
+        """
+        shape = self.shape
+        rings = (shape.num_kv_heads, shape.num_lanes, len(state["slots"]), shape.chunk_size, shape.head_dim)
+        names = {f"{kind}.{index}" for kind in ("keys", "values") for index in range(shape.num_layers)}
+        found = {name for name in state if "." in name}
+        if found != names or any(state[n].shape != rings or state[n].dtype != self.dtype for n in names):
+            raise ValueError(f"the stored memory does not fit a bank of {shape} in {self.dtype}")
+        self.reset()
+        slots = state["slots"].to(self.device)
+        self.positions[state["slots"].numpy()] = state["positions"].numpy()
+        self.documents[:, slots] = state["documents"].to(self.device)
+        self.next_slot = int(state["next_slot"])
+        for index, store in enumerate(self.layers):
+            store.keys[:, :, slots] = state[f"keys.{index}"].to(self.device)
+            store.values[:, :, slots] = state[f"values.{index}"].to(self.device)
+            store.chunk_keys[:, :, slots] = store.keys[:, :, slots].float().mean(dim=3)

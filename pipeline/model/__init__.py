@@ -1,0 +1,1 @@
+"""LongMem as one thing: backbone, SideNet and memory."""

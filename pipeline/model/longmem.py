@@ -1,0 +1,274 @@
+"""LongMem: frozen backbone, trained SideNet and memory bank as one thing.
+
+Shapes: `B` lanes, `T` segment tokens, `E` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbone.backbone import Backbone
+from pipeline.backbone.encoding import Encoding
+from pipeline.config.schema import Config
+from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.reader import AgeObserver, BankReader
+from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.model.loss import Head, token_losses
+from pipeline.positions import PositionRule
+from pipeline.sidenet.fusion import MemoryReader
+from pipeline.sidenet.layout import Layout
+from pipeline.sidenet.sidenet import SideNet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def layout_of(config: Config, num_backbone_layers: int) -> Layout:
+    """The SideNet's layout that a configuration asks for.
+
+    Args:
+        config: The run's settings.
+        num_backbone_layers: Layers of the backbone.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ConfigError: A layer index is out of range.
+    """
+    side = config.sidenet
+    return Layout.build(
+        num_backbone_layers,
+        layout=side.layout,
+        num_layers=side.num_layers,
+        memory_layers=side.memory_layers,
+        residual=side.residual,
+    )
+
+
+class LongMem:
+    """Backbone and SideNet with the settings that join them to memory. Holds no memory: banks are made and passed.
+
+    Args:
+        config: The run's settings.
+        backbone: The frozen backbone, with the taps, calls and memory layers of `layout`.
+        sidenet: The SideNet.
+        encode: Runs the backbone; the backbone itself, or the engine that partitions it.
+        run_sidenet: Runs the SideNet; itself, or the engine that trains it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backbone: Backbone,
+        sidenet: SideNet,
+        *,
+        encode: Callable[..., Any] | None = None,
+        run_sidenet: Callable[..., Any] | None = None,
+    ) -> None:
+        self.config, self.backbone, self.sidenet = config, backbone, sidenet
+        self._encode = encode or backbone
+        self._run_sidenet = run_sidenet or sidenet
+        self.settings = ReadSettings(
+            num_tokens=config.memory.tokens,
+            top_k_chunks=config.memory.top_k_tokens // config.memory.chunk_size,
+            scope=config.memory.scope,
+            rule=PositionRule.parse(config.memory.position),
+            search=config.memory.search,
+            query_block_tokens=config.memory.query_block_tokens,
+        )
+        sources = sidenet.layout.memory_sources
+        self.geometries = [Geometry(backbone.positions(source), backbone.scale(source)) for source in sources]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go and hidden states come from."""
+        return next(self.sidenet.parameters()).device
+
+    def bank(self, num_lanes: int, *, num_tokens: int | None = None) -> MemoryBank:
+        """Makes an empty bank.
+
+        Args:
+            num_lanes: `B`.
+            num_tokens: Tokens of a lane that are remembered; None: `memory.tokens`.
+
+        Returns:
+            A bank with room for them and for one segment more.
+        """
+        memory = self.config.memory
+        dtype = self.config.train.precision if memory.dtype == "auto" else memory.dtype
+        remembered = memory.tokens if num_tokens is None else num_tokens
+        shape = BankShape(
+            num_layers=len(self.geometries),
+            num_lanes=num_lanes,
+            num_kv_heads=self.backbone.num_kv_heads,
+            head_dim=self.backbone.head_dim,
+            num_chunks=(remembered + self.config.train.segment_tokens) // memory.chunk_size,
+            chunk_size=memory.chunk_size,
+        )
+        device = torch.device("cpu") if memory.device == "host" else self.device
+        return MemoryBank(shape, dtype=DTYPES[dtype], device=device)
+
+    def encode(self, tokens: Tensor, documents: Tensor) -> Encoding:
+        """Encodes one segment of each lane with the frozen backbone.
+
+        Collective: with a partitioned backbone every rank must call it together.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            documents: Document of each token, int64 `[B, T]`; under scope `document` attention stays inside.
+
+        Returns:
+            The encoding.
+        """
+        inside = documents if self.config.memory.scope == "document" else None
+        encoding: Encoding = self._encode(tokens, inside)
+        return encoding
+
+    def append(self, bank: MemoryBank, encoding: Encoding, *, start: int, documents: Tensor) -> None:
+        """Writes an encoded segment of every lane to memory: the only thing that changes what is remembered.
+
+        Args:
+            bank: The bank.
+            encoding: The segment.
+            start: Lane position of its first token.
+            documents: int64 `[B, T]`.
+        """
+        bank.append([(kv.key, kv.value) for kv in encoding.memory], start=start, documents=documents)
+
+    def reader(
+        self,
+        bank: MemoryBank,
+        *,
+        start: int,
+        documents: Tensor,
+        observe_ages: AgeObserver | None = None,
+        timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> BankReader:
+        """Lets the queries of one segment read a bank.
+
+        Args:
+            bank: The bank.
+            start: Lane position of the segment's first token.
+            documents: int64 `[B, T]`.
+            observe_ages: As in `BankReader`.
+            timed: As in `BankReader`.
+
+        Returns:
+            The reader.
+        """
+        return BankReader(
+            bank,
+            self.settings,
+            self.geometries,
+            start=start,
+            documents=documents,
+            observe_ages=observe_ages,
+            timed=timed,
+        )
+
+    def hidden(self, encoding: Encoding, reader: MemoryReader | None) -> Tensor:
+        """Runs the SideNet.
+
+        Args:
+            encoding: The segment.
+            reader: The memory, or None.
+
+        Returns:
+            Input of the LM head `[B, T, E]`.
+        """
+        hidden: Tensor = self._run_sidenet(encoding, reader)
+        return hidden
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of every token by the backbone's LM head.
+
+        Collective: with a partitioned backbone every rank must call it together.
+
+        Args:
+            hidden: `[B, T, E]`.
+            targets: int64 `[B, T]`; -100 where nothing is predicted.
+
+        Returns:
+            Nats, float32 `[B, T]`.
+        """
+        with self.backbone.head_parameters() as (weight, bias):
+            head = Head(weight, bias, self._softcap)
+            pieces = self.config.train.loss_piece_tokens
+            return token_losses(hidden.flatten(0, 1), targets.flatten(), head, piece_tokens=pieces).view_as(targets)
+
+    @torch.no_grad()
+    def backbone_losses(self, encoding: Encoding, targets: Tensor) -> Tensor:
+        """Cross-entropy of every token by the backbone alone, which sees its segment and nothing else.
+
+        Collective: as `losses`. The backbone must keep its last tap.
+
+        Args:
+            encoding: The segment.
+            targets: int64 `[B, T]`.
+
+        Returns:
+            Nats, float32 `[B, T]`.
+        """
+        with self.backbone.gather(list(self.backbone.norm.parameters())):
+            hidden = self.backbone.norm(encoding.taps[len(self.backbone.layers)])
+        return self.losses(hidden, targets)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits by the backbone's LM head.
+
+        Collective: as `losses`.
+
+        Args:
+            hidden: `[B, T, E]`.
+
+        Returns:
+            float32 `[B, T, V]`.
+        """
+        with self.backbone.head_parameters() as (weight, bias):
+            return Head(weight, bias, self._softcap).logits(hidden)
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.backbone.model.config, "final_logit_softcapping", None)
+
+
+def build(config: Config, model: nn.Module, **kwargs: Any) -> tuple[Backbone, SideNet]:
+    """Builds the backbone wrapper and the SideNet over a loaded causal LM.
+
+    Collective: with a partitioned model every rank must call it together.
+
+    Args:
+        config: The run's settings.
+        model: The causal LM.
+        **kwargs: `gather`, as in `Backbone`.
+
+    Returns:
+        Backbone (with the last tap, too) and SideNet.
+
+    Raises:
+        ConfigError: A layer index is out of range.
+        BackboneError: The family is unknown or the variant is not supported.
+    """
+    num_layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    layout = layout_of(config, num_layers)
+    backbone = Backbone(
+        model,  # type: ignore[arg-type]
+        taps=(*layout.taps, num_layers),
+        calls=layout.source_layers,
+        memory_layers=layout.memory_sources,
+        **kwargs,
+    )
+    sidenet = SideNet(
+        backbone,
+        layout,
+        fusion=config.sidenet.fusion,
+        gate_init=config.sidenet.gate_init,
+        activation_checkpointing=config.sidenet.activation_checkpointing,
+    )
+    return backbone, sidenet

@@ -1,0 +1,104 @@
+"""How a model encodes positions, and which distance memory is read at.
+
+Shapes: `H` query heads, `D` head size, `R` rotated dimensions (`R <= D`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+
+_RULE = re.compile(r"none|true|(?:fixed|clamp):[1-9][0-9]*")
+
+
+@dataclass(frozen=True)
+class PositionEncoding:
+    """What one attention layer adds to its logits to know about distance; empty for learned positions.
+
+    Attributes:
+        inv_freq: Rotary frequencies in radians per token, float32 `[R / 2]`, or None.
+        attention_scaling: Factor on the rotated query and on the rotated key (YaRN; 1.0 elsewhere).
+        slopes: ALiBi slopes, float32 `[H]`, or None. The bias is `-slope * distance`.
+    """
+
+    inv_freq: Tensor | None = None
+    attention_scaling: float = 1.0
+    slopes: Tensor | None = None
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotates queries or keys to their positions (RoPE, halves paired); the identity without rotary positions.
+
+        Args:
+            x: Queries or keys `[..., D]`, any floating dtype.
+            positions: Positions in tokens, broadcastable to `x.shape[:-1]`; fractions and negatives are fine.
+
+        Returns:
+            The rotated `x`, same shape and dtype.
+
+        Source:
+            Su et al. 2021, RoFormer, eq. 34, with dimension `i` paired with `i + R / 2`.
+        """
+        if self.inv_freq is None:
+            return x
+        angle = positions[..., None].to(torch.float32) * self.inv_freq.to(x.device)  # [..., R / 2]
+        cos = (angle.cos() * self.attention_scaling).to(x.dtype)
+        sin = (angle.sin() * self.attention_scaling).to(x.dtype)
+        half = self.inv_freq.numel()
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+@dataclass(frozen=True)
+class PositionRule:
+    """The distance at which a memory token is read (`memory.position`).
+
+    Attributes:
+        kind: `none` (no position at all), `true` (the real distance), `fixed` (always `distance`), `clamp` (the real
+            distance up to `distance`, `distance` beyond).
+        distance: Tokens, for `fixed` and `clamp`; 0 otherwise.
+    """
+
+    kind: str
+    distance: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> PositionRule:
+        """Reads `none`, `true`, `fixed:N` or `clamp:N`.
+
+        Args:
+            text: The rule as it stands in the configuration.
+
+        Returns:
+            The rule.
+
+        Raises:
+            ConfigError: The text is none of these.
+        """
+        if not _RULE.fullmatch(text):
+            raise ConfigError([f"memory.position is {text!r}; expected none, true, fixed:N or clamp:N with N >= 1"])
+        kind, _, distance = text.partition(":")
+        return cls(kind, int(distance or 0))
+
+    @property
+    def near_limit(self) -> float:
+        """Largest distance, in tokens, that is read as it really is; -1 when none is."""
+        return {"none": -1, "fixed": -1, "true": float("inf"), "clamp": self.distance}[self.kind]
+
+    def far_query(self, query: Tensor, encoding: PositionEncoding) -> Tensor:
+        """The query against keys beyond `near_limit`, which stay unrotated.
+
+        Args:
+            query: Unrotated queries `[..., D]`.
+            encoding: The layer's position encoding.
+
+        Returns:
+            Queries of the same shape, rotated as if they stood `distance` tokens after every key.
+        """
+        if self.kind == "none":
+            return query
+        return encoding.rotate(query, torch.tensor(self.distance, device=query.device))

@@ -1,0 +1,91 @@
+"""The log-sum-exp of a layer's local attention logits, which joint fusion needs and no attention kernel returns.
+
+Shapes: `B` rows, `H` query heads, `Hkv` key/value heads, `T` tokens, `D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backbone.masks import visible_in_segment
+
+_BLOCK_TOKENS = 128  # bounds the logits in memory
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """What local attention does besides the dot product.
+
+    Attributes:
+        scale: Factor on `q k^T`.
+        slopes: ALiBi slopes `[H]`, or None.
+        window: Sliding window in tokens, or None.
+        documents: int64 `[B, T]` where attention must not cross documents, or None.
+    """
+
+    scale: float
+    slopes: Tensor | None = None
+    window: int | None = None
+    documents: Tensor | None = None
+
+
+def local_log_sum_exp(query: Tensor, key: Tensor, local: LocalAttention) -> Tensor:
+    """Log-sum-exp over the tokens that each query of a segment attends to in its own segment.
+
+    Args:
+        query: Rotated queries `[B, H, T, D]`.
+        key: Rotated keys `[B, Hkv, T, D]`.
+        local: The rest of the attention.
+
+    Returns:
+        float32 `[B, H, T]`, with gradients into query and key.
+    """
+    result: Tensor = _LogSumExp.apply(query.float(), key.float(), local)
+    return result
+
+
+def _blocks(query: Tensor, key: Tensor, local: LocalAttention) -> Iterator[tuple[slice, Tensor]]:
+    """Masked logits `[B, Hkv, H / Hkv, t, seen]` of one block of queries after another."""
+    length, device = query.shape[2], query.device
+    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, Hkv, H / Hkv, T, D]
+    for first in range(0, length, _BLOCK_TOKENS):
+        rows = slice(first, min(first + _BLOCK_TOKENS, length))
+        seen = key[:, :, None, : rows.stop].transpose(-1, -2)
+        logits = torch.matmul(grouped[:, :, :, rows], seen).mul_(local.scale)
+        if local.slopes is not None:
+            index = torch.arange(rows.stop, device=device)
+            distance = index[rows, None] - index[None, :]
+            logits = logits - local.slopes.to(device).view(1, key.shape[1], -1, 1, 1) * distance
+        mask = visible_in_segment(rows, length, documents=local.documents, window=local.window, device=device)
+        yield rows, logits.masked_fill_(~mask[:, :, None, :, : rows.stop], float("-inf"))
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Logits are recomputed in the backward pass: `[T, T]` is never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, local: LocalAttention) -> Tensor:
+        result = query.new_empty(query.shape[:-1])
+        for rows, logits in _blocks(query, key, local):
+            result[:, :, rows] = logits.logsumexp(dim=-1).flatten(1, 2)
+        ctx.save_for_backward(query, key, result)
+        ctx.local = local
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, result = ctx.saved_tensors
+        groups = (key.shape[1], -1)
+        grouped, grad = query.unflatten(1, groups), grads[0].unflatten(1, groups)
+        result = result.unflatten(1, groups)
+        grad_query, grad_key = torch.empty_like(grouped), torch.zeros_like(key)
+        for rows, logits in _blocks(query, key, ctx.local):
+            weights = torch.exp(logits - result[..., rows, None]) * (grad[..., rows, None] * ctx.local.scale)
+            grad_query[:, :, :, rows] = torch.matmul(weights, key[:, :, None, : rows.stop])
+            grad_key[:, :, : rows.stop] += torch.einsum("bgrts,bgrtd->bgsd", weights, grouped[:, :, :, rows])
+        return grad_query.flatten(1, 2), grad_key, None

@@ -1,0 +1,152 @@
+"""The SideNet: a residual side-network whose layers start as copies of backbone layers.
+
+Shapes: `B` rows, `T` tokens, `E` hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.backbone.backbone import Backbone
+from pipeline.backbone.encoding import Encoding, LayerCall
+from pipeline.backbone.families import sliding_window
+from pipeline.sidenet.fusion import MemoryFusion, MemoryReader
+from pipeline.sidenet.layout import Layout
+from pipeline.sidenet.local import LocalAttention
+
+
+class SideNet(nn.Module):
+    """The trained part of LongMem. It has no dropout: its layers are always run in evaluation mode.
+
+    Collective: with a partitioned backbone every rank must build it together.
+
+    Args:
+        backbone: The backbone that it is copied from; not kept.
+        layout: Where its layers stand.
+        fusion: `gate` or `joint`.
+        gate_init: First value of gates or biases.
+        activation_checkpointing: Whether each layer is computed again in the backward pass instead of kept.
+
+    Source:
+        Wang et al. 2023, section 2.2, eq. 1; both residual forms in `docs/architecture.md`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        layout: Layout,
+        *,
+        fusion: str,
+        gate_init: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.activation_checkpointing = activation_checkpointing
+        self.layers = nn.ModuleList(
+            _trainable_copy(backbone.layers[source - 1], backbone) for source in layout.source_layers
+        )
+        self.norm = _trainable_copy(backbone.norm, backbone)
+        self.memory = nn.ModuleDict()
+        for index, layer in enumerate(layout.memory_layers):
+            source = layout.boundaries[layer]
+            attention = self.layers[layer - 1].get_submodule(backbone.family.attention)
+            encoding = backbone.positions(source)
+            self.memory[str(layer)] = MemoryFusion(
+                attention,
+                index,
+                family=backbone.family,
+                head_dim=backbone.head_dim,
+                num_heads=backbone.num_heads,
+                local=LocalAttention(backbone.scale(source), encoding.slopes, sliding_window(attention)),
+                encoding=encoding,
+                fusion=fusion,
+                gate_init=gate_init,
+            )
+        self.train(False)
+
+    def train(self, mode: bool = True) -> SideNet:
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
+
+        Args:
+            mode: Ignored.
+
+        Returns:
+            Itself.
+        """
+        return super().train(False)
+
+    def forward(self, encoding: Encoding, reader: MemoryReader | None = None) -> Tensor:
+        """Runs the SideNet over one encoded segment of each row.
+
+        Args:
+            encoding: What the backbone said of the segment.
+            reader: The memory, or None: no memory.
+
+        Returns:
+            `Norm(S_L)`, `[B, T, E]`: the input of the LM head.
+        """
+        layout = self.layout
+        state = encoding.taps[layout.boundaries[0]]
+        for layer in range(1, layout.num_layers + 1):
+            pair = layout.difference(layer)
+            carried = None if pair is None else encoding.taps[pair[0]] - encoding.taps[pair[1]]
+            if carried is not None and layout.residual == "interleaved":
+                state = state + carried
+            state = self._layer(layer, state, encoding, reader)
+            if carried is not None and layout.residual == "paper":
+                state = state + carried
+        normed: Tensor = self.norm(state)
+        return normed
+
+    def _layer(self, layer: int, state: Tensor, encoding: Encoding, reader: MemoryReader | None) -> Tensor:
+        call = encoding.calls[self.layout.boundaries[layer]]
+
+        def run(hidden: Tensor) -> Tensor:
+            with self._reading(layer, reader, encoding.documents):
+                return _call(self.layers[layer - 1], hidden, call)
+
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # No random numbers are drawn, so none need to be kept.
+            result: Tensor = checkpoint(run, state, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return run(state)
+
+    @contextmanager
+    def _reading(self, layer: int, reader: MemoryReader | None, documents: Tensor | None) -> Iterator[None]:
+        """Lends the reader to a memory layer for one call; also when the call is repeated in the backward pass."""
+        if str(layer) not in self.memory:
+            yield
+            return
+        fusion = self.memory[str(layer)]
+        fusion.reader, fusion.documents = reader, documents
+        try:
+            yield
+        finally:
+            fusion.reader = fusion.documents = None
+
+
+def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    output = layer(hidden, *call.args, **call.kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _trainable_copy(module: nn.Module, backbone: Backbone) -> nn.Module:
+    """A copy with parameters of its own and without the hooks that were put on the original."""
+    with backbone.gather(list(module.parameters())):
+        clone = copy.deepcopy(module)
+    for part in clone.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+        part._forward_hooks_with_kwargs.clear()
+        part._forward_pre_hooks_with_kwargs.clear()
+    for parameter in clone.parameters():
+        parameter.requires_grad_(True)
+    return clone

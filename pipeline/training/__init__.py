@@ -1,0 +1,1 @@
+"""The training pipeline: engines, step, loop. The only room below `launch` that knows DeepSpeed."""

@@ -1,0 +1,169 @@
+"""The token store: what is written is read back, counts by hand, and every error in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+
+from pipeline.data.held_out import held_out_documents
+from pipeline.data.store import STORE_FEATURES, TokenStore, check_tokenizer, write_store
+from pipeline.data.tokenizer import TokenizerInfo
+from pipeline.errors import DataError
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+DOCUMENTS = [[5, 6, 7], [1], list(range(100, 116)), [9, 8, 7, 6, 5], [0, 299]]
+TOKENIZER = TokenizerInfo(identity="ab" * 32, name="some/model", vocab_size=300)
+
+
+def rows(documents):
+    sources = [f"file-{number}" for number in range(len(documents))]
+    return datasets.Dataset.from_dict({"tokens": documents, "source": sources}, features=STORE_FEATURES)
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    path = tmp_path / "store"
+    # A selection, in another order: what is stored must be the selected rows, not those below them.
+    train = rows([[4, 4], *DOCUMENTS[::-1]]).select([5, 4, 3, 2, 1])
+    write_store(path, {"train": train, "validation": rows([[1, 2, 3, 4]])}, tokenizer=TOKENIZER)
+    return path
+
+
+def test_what_is_written_is_read_back(folder):
+    store = TokenStore.open(folder)
+    assert store.num_documents == 5
+    assert store.lengths.tolist() == [3, 1, 16, 5, 2] and store.lengths.dtype == np.int64
+    for number, tokens in enumerate(DOCUMENTS):
+        assert store.tokens(number).tolist() == tokens and store.tokens(number).dtype == np.int64
+        assert store.source(number) == f"file-{4 - number}"
+    assert store.tokens(2, 3, 6).tolist() == [103, 104, 105]
+    assert store.tokens(2, 14).tolist() == [114, 115]
+    assert TokenStore.open(folder, "validation").tokens(0).tolist() == [1, 2, 3, 4]
+
+
+def test_store_json_by_hand(folder):
+    whole = json.loads((folder / "store.json").read_text())
+    assert whole == {
+        "format_version": 1,
+        "tokenizer": {"identity": "ab" * 32, "name": "some/model", "vocab_size": 300},
+        "splits": {
+            "train": {
+                "num_documents": 5,
+                "num_tokens": 27,
+                "min_document_tokens": 1,
+                "max_document_tokens": 16,
+                "length_histogram": {"1": 1, "2": 2, "4": 1, "16": 1},
+            },
+            "validation": {
+                "num_documents": 1,
+                "num_tokens": 4,
+                "min_document_tokens": 4,
+                "max_document_tokens": 4,
+                "length_histogram": {"4": 1},
+            },
+        },
+    }
+    assert TokenStore.open(folder).info.splits["train"].num_tokens == 27
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="store does not exist.*nowhere.*prepare_data.py"):
+        TokenStore.open(tmp_path / "nowhere")
+
+
+def test_a_folder_without_store_json_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="not a token store: it has no store.json"):
+        TokenStore.open(tmp_path)
+
+
+def test_a_missing_split_is_an_error(tmp_path):
+    write_store(tmp_path / "store", {"train": rows(DOCUMENTS)}, tokenizer=TOKENIZER)
+    with pytest.raises(DataError, match="no split 'validation'.*with train.*--validation-documents"):
+        TokenStore.open(tmp_path / "store", "validation")
+
+
+def change_info(folder, change):
+    whole = json.loads((folder / "store.json").read_text())
+    change(whole)
+    (folder / "store.json").write_text(json.dumps(whole))
+
+
+def test_another_format_version_is_an_error(folder):
+    change_info(folder, lambda whole: whole.update(format_version=99))
+    with pytest.raises(DataError, match="another format version; got: 99; expected: 1"):
+        TokenStore.open(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 1, "splits": {"train": {"a": 1}}}'])
+def test_a_damaged_store_json_is_an_error(folder, text):
+    (folder / "store.json").write_text(text)
+    with pytest.raises(DataError, match="damaged: store.json cannot be read"):
+        TokenStore.open(folder)
+
+
+def test_a_split_that_was_deleted_is_an_error(folder):
+    shutil.rmtree(folder / "train")
+    with pytest.raises(DataError, match="damaged: a split cannot be read.*train"):
+        TokenStore.open(folder)
+
+
+def test_a_cut_arrow_file_is_an_error(folder):
+    (arrow,) = (folder / "train").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    with pytest.raises(DataError, match="damaged: a split cannot be read"):
+        TokenStore.open(folder)
+
+
+def test_counts_that_differ_from_store_json_are_an_error(folder):
+    change_info(folder, lambda whole: whole["splits"]["train"].update(num_tokens=28))
+    with pytest.raises(DataError, match="5 documents, 27 tokens.*expected: 5 documents, 28 tokens"):
+        TokenStore.open(folder)
+
+
+def test_an_empty_document_is_an_error(tmp_path):
+    write_store(tmp_path / "store", {"train": rows([[1], []]).select([0])}, tokenizer=TOKENIZER)
+    TokenStore.open(tmp_path / "store")
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(DataError, match="is empty, or has documents without tokens"):
+        write_store(tmp_path / "store", {"train": rows([[1], []])}, tokenizer=TOKENIZER)
+        TokenStore.open(tmp_path / "store")
+
+
+def test_an_empty_split_is_an_error(folder):
+    rows([]).save_to_disk(str(folder / "nothing"))
+    shutil.rmtree(folder / "train")
+    (folder / "nothing").rename(folder / "train")
+    change_info(folder, lambda whole: whole["splits"]["train"].update(num_documents=0, num_tokens=0))
+    with pytest.raises(DataError, match="is empty"):
+        TokenStore.open(folder)
+
+
+def test_another_tokenizer_is_an_error_that_names_both(folder, tmp_path):
+    store = TokenStore.open(folder)
+    check_tokenizer(store, "ab" * 32)
+    with pytest.raises(DataError, match="identity cdcdcd.*expected: 'some/model' with 300 ids, identity ababab"):
+        check_tokenizer(store, "cd" * 32)
+    other = save_tiny_tokenizer(tmp_path / "other", vocab_size=260)
+    with pytest.raises(DataError, match="made with another tokenizer.*with 260 ids.*expected: 'some/model'"):
+        check_tokenizer(store, other)
+
+
+def test_held_out_documents_are_long_enough_and_a_larger_count_keeps_a_smallers(folder, caplog):
+    store = TokenStore.open(folder)
+    assert held_out_documents(store, count=9, min_tokens=3) == [0, 2, 3]
+    assert "only 3 of 9 documents" in caplog.text
+    assert held_out_documents(store, count=1, min_tokens=5) in ([2], [3])
+    chosen = [set(held_out_documents(store, count=count, min_tokens=1)) for count in (1, 2, 3, 4)]
+    assert [len(documents) for documents in chosen] == [1, 2, 3, 4]
+    assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
+    seeds = {tuple(held_out_documents(store, count=1, min_tokens=1, seed=seed)) for seed in range(20)}
+    assert len(seeds) > 1
+
+
+def test_held_out_documents_all_too_short_is_an_error(folder):
+    with pytest.raises(DataError, match="the longest of 5 has 16 tokens; expected: 17 tokens.*context_tokens"):
+        held_out_documents(TokenStore.open(folder), count=1, min_tokens=17)
