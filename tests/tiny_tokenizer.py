@@ -22,6 +22,9 @@ def save_tiny_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokeni
     Args:
         folder: Where to save it, as ``save_pretrained`` does; made if missing.
         vocab_size: Number of ids, 257 (256 bytes and the end-of-text token) to about 400.
+
+    Returns:
+        The tokenizer.
     """
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(

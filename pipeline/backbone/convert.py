@@ -1,7 +1,8 @@
 """A GGUF file becomes a Hugging Face folder (safetensors, config, tokenizer), once.
 
-The weights are de-quantised to float32: a Q4_1 weight is `scale * integer + offset` with 16-bit scale and offset, which needs up to
-about twenty bits, so that float32 keeps every value exactly and bfloat16 (8 bits) or float16 (11 bits) would round most of them.
+The weights are de-quantised to float32: a Q4_1 weight is `scale * integer + offset` with 16-bit scale and offset, which
+needs up to about twenty bits, so that float32 keeps every value exactly, where bfloat16 (8 bits) or float16 (11 bits)
+would round most of them.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def find_gguf(source: Path) -> Path:
 def convert_gguf(gguf_file: Path, output: Path) -> ConvertedBackbone:
     """Converts a GGUF file to a Hugging Face folder, or finds that this was done before.
 
-    The folder appears whole or not at all: it is written next to `output` and renamed. A second process waits for the first.
+    The folder appears whole or not at all: it is written next to `output` and renamed. A second process waits for the
+    first.
 
     Args:
         gguf_file: The GGUF file, of an architecture and tokenizer that this file knows.
@@ -162,7 +164,7 @@ def _read_converted(folder: Path, gguf_file: Path) -> ConvertedBackbone:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise BackboneError(f"{path} is missing or damaged", expected=f"{size} bytes", do=remedy)
-    return ConvertedBackbone(folder, manifest["num_parameters"], source["name"], is_new=False)
+    return ConvertedBackbone(folder, manifest["num_parameters"], gguf_file.name, is_new=False)
 
 
 def _write_folder(gguf_file: Path, folder: Path) -> int:
@@ -221,9 +223,9 @@ def _read_facts(gguf_file: Path) -> _GgufFacts:
 def load_gguf_tokenizer(gguf_file: Path) -> Any:
     """Loads the tokenizer of a SmolLM GGUF file (`tokenizer.ggml.pre` is `smollm`).
 
-    transformers (seen in 5.23) has no rule for `smollm` and splits text as GPT-2 does. SmolLM's tokenizer splits every digit off
-    first; without that, whitespace before a digit is cut differently from what the model was trained on (39 of 64 files of source
-    code and novels came out like llama.cpp's tokens; with it, all 64).
+    transformers (seen in 5.23) has no rule for `smollm` and splits text as GPT-2 does. SmolLM's tokenizer splits every
+    digit off first; without that, whitespace before a digit is cut differently from what the model was trained on (39
+    of 64 files of source code and novels came out like llama.cpp's tokens; with it, all 64).
 
     Args:
         gguf_file: The GGUF file.
@@ -264,8 +266,8 @@ def _load_model(gguf_file: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
-    # transformers (seen in 5.23) counts `loaded` as quantised and refuses to save it, although its weights are plain float32. A model
-    # built from the bare config is an ordinary one, and a weight that was left packed would not fit into it.
+    # transformers (seen in 5.23) counts `loaded` as quantised and refuses to save it, although its weights are plain
+    # float32. A model built from the bare config is an ordinary one, and a weight left packed would not fit into it.
     config = copy.deepcopy(loaded.config)
     config.__dict__.pop("quantization_config", None)
     config.__dict__.pop("_model_name_or_path", None)

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def held_out_documents(store: TokenStore, *, count: int, min_tokens: int, seed: int = 0) -> list[int]:
-    """Choose documents that are long enough; the same for the same store and seed, and a larger count keeps a smaller's.
+    """Choose documents that are long enough; the same for the same store and seed, and more keeps those of fewer.
 
     Args:
         store: The validation split.

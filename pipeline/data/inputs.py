@@ -26,6 +26,9 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     Args:
         inputs: Files and folders. Folders are searched to any depth; hidden files and folders in them are skipped.
 
+    Returns:
+        The files; in the order of the inputs, those of a folder sorted.
+
     Raises:
         DataError: An input is missing, is of an unknown kind, or is a folder without readable files.
     """
@@ -110,7 +113,9 @@ def _text_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError("a jsonl line is malformed", got=f"{where}: {error}", expected="one JSON object a line") from error
+        raise DataError(
+            "a jsonl line is malformed", got=f"{where}: {error}", expected="one JSON object a line"
+        ) from error
     if not isinstance(record, dict):
         raise DataError("a jsonl line is not an object", got=f"{where}: {type(record).__name__}")
     if TEXT_FIELD not in record:
@@ -154,7 +159,7 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
-    # zstandard's stream reader ends silently where a file is cut off, and stops after the first frame; this does neither.
+    # zstandard's stream reader ends silently where a file is cut off, and stops after the first frame. This does not.
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     with open(path, "rb") as file:
         while raw := file.read(_ZSTD_READ_BYTES):

@@ -96,7 +96,8 @@ class Lanes:
         self, source: TokenSource, *, num_lanes: int, lanes: Sequence[int], segment_tokens: int, seed: int
     ) -> None:
         self.lanes = tuple(lanes)
-        assert self.lanes and all(0 <= lane < num_lanes for lane in self.lanes), "lanes must be in range(num_lanes)"
+        assert self.lanes, "there must be a lane to read"
+        assert all(0 <= lane < num_lanes for lane in self.lanes), "lanes must be in range(num_lanes)"
         assert segment_tokens >= 1
         dealt = deal(source.lengths, num_lanes=num_lanes, seed=seed)
         self._rows = [_Lane(source, lane, num_lanes=num_lanes, documents=dealt[lane], seed=seed) for lane in self.lanes]
@@ -172,9 +173,7 @@ class _Lane:
     ``ordinal`` counts the documents begun over all epochs, ``offset`` the tokens read of the current one.
     """
 
-    def __init__(
-        self, source: TokenSource, number: int, *, num_lanes: int, documents: Int64Array, seed: int
-    ) -> None:
+    def __init__(self, source: TokenSource, number: int, *, num_lanes: int, documents: Int64Array, seed: int) -> None:
         self.number = number
         self.ordinal = 0
         self.offset = 0
@@ -218,6 +217,10 @@ class _Lane:
 
     def seek(self, ordinal: int, offset: int) -> None:
         """Put the mark on a token of a document.
+
+        Args:
+            ordinal: Number of the document, counted over all epochs.
+            offset: Position of the token in it.
 
         Raises:
             DataError: There is no such token.

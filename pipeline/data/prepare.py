@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.exceptions import DatasetGenerationError
 
 from pipeline.data.inputs import find_files, read_documents
 from pipeline.data.store import STORE_FEATURES, StoreInfo, is_store, list_lengths, write_store
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TEXT_FEATURES = datasets.Features(text=datasets.Value("large_string"), source=datasets.Value("string"))
+_TEXT_FEATURES = datasets.Features(
+    text=datasets.Value("large_string"), source=datasets.Value("string"), error=datasets.Value("string")
+)
 _BATCH_DOCUMENTS = 4  # documents may be whole books: little is held at once, and the progress bar moves
 
 
@@ -86,6 +88,9 @@ def prepare(
         num_workers: Processes that read and tokenize; the result does not depend on it.
         seed: Seed of the choice of held-out documents.
         overwrite: Replace a store that exists already.
+
+    Returns:
+        What was written.
 
     Raises:
         DataError: Anything is wrong with inputs, tokenizer or output. Nothing has been written then.
@@ -160,18 +165,16 @@ class _Read:
 def _read(split: str, files: Sequence[Path], work: Path, *, num_workers: int) -> _Read:
     """Read and check all files of a split, a file at a time in each worker, in the order of the files."""
     names = [str(path) for path in files]
-    try:
-        everything = datasets.Dataset.from_generator(
-            _read_in_worker,
-            features=_TEXT_FEATURES,
-            cache_dir=str(work / "text"),
-            gen_kwargs={"files": names},
-            num_proc=_num_processes(num_workers, len(names)),
-            split=datasets.NamedSplit(split),
-            writer_batch_size=_BATCH_DOCUMENTS,
-        )
-    except _InputError as error:
-        raise DataError(str(error)) from error
+    everything = datasets.Dataset.from_generator(
+        _read_in_worker,
+        features=_TEXT_FEATURES,
+        cache_dir=str(work / "text"),
+        gen_kwargs={"files": names},
+        num_proc=_num_processes(num_workers, len(names)),
+        split=datasets.NamedSplit(split),
+        writer_batch_size=_BATCH_DOCUMENTS,
+    )
+    _raise_first(everything.data.column("error"))
     chunks = everything.data.column("text").chunks
     full = [pc.not_equal(pc.utf8_length(pc.utf8_trim_whitespace(chunk)), 0).to_numpy(False) for chunk in chunks]
     kept = np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *full]))
@@ -182,15 +185,20 @@ def _read(split: str, files: Sequence[Path], work: Path, *, num_workers: int) ->
     return _Read(documents=everything.select(kept), num_empty=len(everything) - len(kept))
 
 
-class _InputError(DatasetGenerationError):
-    """A DataError on its way through ``datasets``, which wraps all but its own errors and loses causes between processes."""
-
-
-def _read_in_worker(files: Sequence[str]) -> Iterator[dict[str, str]]:
+def _read_in_worker(files: Sequence[str]) -> Iterator[dict[str, str | None]]:
+    """Documents, and an error as a row of its own: ``datasets`` wraps what a generator raises and loses its cause."""
     try:
-        yield from read_documents(files)
+        for document in read_documents(files):
+            yield {**document, "error": None}
     except DataError as error:
-        raise _InputError(str(error)) from error
+        yield {"text": "", "source": "", "error": str(error)}
+
+
+def _raise_first(errors: pa.ChunkedArray) -> None:
+    found = errors.drop_null().to_pylist()
+    if found:
+        more = "" if len(found) == 1 else f"\n({len(found) - 1} more files have errors)"
+        raise DataError(found[0] + more)
 
 
 def _num_processes(num_workers: int, num_pieces: int) -> int | None:
@@ -214,7 +222,7 @@ def _tokenize(
         batched=True,
         batch_size=_BATCH_DOCUMENTS,
         writer_batch_size=_BATCH_DOCUMENTS,
-        remove_columns=["text"],
+        remove_columns=["text", "error"],
         features=STORE_FEATURES,
         num_proc=_num_processes(num_workers, len(documents)),
         load_from_cache_file=False,
@@ -277,9 +285,7 @@ def summary(prepared: Prepared) -> str:
     lines = [f"{'split':<12}{'documents':>11}{'tokens':>15}{'shortest':>11}{'longest':>11}"]
     for name, counts in splits.items():
         shortest, longest = counts.min_document_tokens, counts.max_document_tokens
-        lines.append(
-            f"{name:<12}{counts.num_documents:>11,}{counts.num_tokens:>15,}{shortest:>11,}{longest:>11,}"
-        )
+        lines.append(f"{name:<12}{counts.num_documents:>11,}{counts.num_tokens:>15,}{shortest:>11,}{longest:>11,}")
     lines += ["", f"{'document length in tokens':<27}" + "".join(f"{name:>12}" for name in splits)]
     for power in sorted({int(key) for counts in splits.values() for key in counts.length_histogram}):
         row = "".join(f"{counts.length_histogram.get(str(power), 0):>12,}" for counts in splits.values())

@@ -38,7 +38,7 @@ class SplitInfo:
         num_tokens: Tokens of all documents together.
         min_document_tokens: Length of the shortest document.
         max_document_tokens: Length of the longest document.
-        length_histogram: Number of documents by length: key ``2**n`` counts the lengths from ``2**n`` to ``2**(n+1) - 1``.
+        length_histogram: Number of documents by length: key ``2**n`` counts lengths from there to ``2**(n+1) - 1``.
     """
 
     num_documents: int
@@ -98,6 +98,9 @@ class TokenStore:
             path: The folder that launch/prepare_data.py made.
             split: ``train`` or ``validation``.
 
+        Returns:
+            The open split.
+
         Raises:
             DataError: The folder, its store.json or the split is missing, empty, damaged or of another version.
         """
@@ -109,6 +112,8 @@ class TokenStore:
                 got=f"{path} with {', '.join(sorted(info.splits))}",
                 do="prepare the data again with --validation-documents or --validation",
             )
+        if info.splits[split].num_documents == 0:
+            raise DataError("the token store is empty", got=str(path / split), do=_PREPARE)
         try:
             table = datasets.load_from_disk(str(path / split), keep_in_memory=False).data
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -126,7 +131,8 @@ class TokenStore:
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
         """Tokens ``start`` to ``stop`` (exclusive; None: the end) of one document, int64; only these are read."""
-        return self._column[document].values.to_numpy(zero_copy_only=True)[start:stop].astype(np.int64)
+        stored: npt.NDArray[np.int32] = self._column[document].values.to_numpy(zero_copy_only=True)
+        return stored[start:stop].astype(np.int64)
 
     def source(self, document: int) -> str:
         """Where the document came from: a file, with line or row where there are several in a file."""
@@ -142,10 +148,8 @@ class TokenStore:
                 expected=f"{expected.num_documents} documents, {expected.num_tokens} tokens",
                 do=_PREPARE,
             )
-        if self.num_documents == 0 or self.lengths.min() == 0:
-            raise DataError(
-                "the token store is empty, or has documents without tokens", got=str(self.path / self.split), do=_PREPARE
-            )
+        if self.lengths.min() == 0:
+            raise DataError("the token store has empty documents", got=str(self.path / self.split), do=_PREPARE)
 
 
 def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, tokenizer: TokenizerInfo) -> StoreInfo:
@@ -153,7 +157,7 @@ def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, t
 
     Args:
         folder: A folder that does not exist, or is empty.
-        splits: By name, datasets with the columns of ``STORE_FEATURES``.
+        splits: By name, datasets with the columns of ``STORE_FEATURES`` and at least one row.
         tokenizer: The tokenizer that made the tokens.
 
     Returns:
@@ -162,6 +166,7 @@ def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, t
     folder = Path(folder)
     infos = {}
     for split, dataset in splits.items():
+        assert len(dataset) > 0, f"the split {split} is empty"
         dataset.save_to_disk(str(folder / split))
         written = datasets.load_from_disk(str(folder / split), keep_in_memory=False)
         infos[split] = _count(list_lengths(written.data.column("tokens")))
@@ -196,7 +201,7 @@ def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase | str)
             f"the token store {store.path} was made with another tokenizer",
             got=f"{name}, identity {identity[:12]}",
             expected=f"{made_by.name!r} with {made_by.vocab_size} ids, identity {made_by.identity[:12]}",
-            do="prepare the data again with --tokenizer set to the backbone, or set backbone.path to the one it was made for",
+            do="prepare the data again with --tokenizer set to the backbone, or change backbone.path",
         )
 
 

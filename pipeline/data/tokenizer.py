@@ -69,6 +69,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Args:
         name: A folder with a saved tokenizer, or a hub name such as ``org/model``.
 
+    Returns:
+        The tokenizer, fast where there is a fast one.
+
     Raises:
         DataError: No such folder, a folder without a tokenizer, or a hub name that cannot be found or reached.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from launch.prepare_backbone import main
@@ -29,7 +31,7 @@ LAYER_NAMES = {
 
 
 def byte_characters() -> list[str]:
-    """The 256 characters that stand for the bytes in a byte-level vocabulary: printable ones for themselves, the rest from 256 on."""
+    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
@@ -151,45 +153,22 @@ def test_what_an_interrupted_conversion_left_is_replaced(tiny_gguf: Path, tmp_pa
     assert not (folder / "junk").exists() and not leftover.exists()
 
 
-# Ids from llama.cpp (llama-cpp-python 0.3.36) on the same file. Without the digit rule of `smollm`, the whitespace before `1` in the
-# second text is cut as `\n   `, ` `.
+# Ids from llama.cpp (llama-cpp-python 0.3.36) on the same file. Without the digit rule of `smollm`, the whitespace
+# before the last `1` of the second text is cut into `\n       ` and ` `.
+# fmt: off
 SMOLLM2_TOKENS = [
     (
         "def f(x):\n    return x[0:128]\n\n\nclass A:\n    x =  12345\n",
-        [
-            1604,
-            275,
-            24,
-            104,
-            727,
-            472,
-            1003,
-            1792,
-            75,
-            32,
-            42,
-            33,
-            34,
-            40,
-            77,
-            1116,
-            198,
-            2064,
-            330,
-            42,
-            472,
-            1792,
-            446,
-            256,
-        ]
-        + [33, 34, 35, 36, 37, 198],
+        [1604, 275, 24, 104, 727, 472, 1003, 1792, 75, 32, 42, 33, 34, 40, 77, 1116, 198, 2064, 330, 42, 472, 1792, 446,
+         256, 33, 34, 35, 36, 37, 198],
     ),
     ("\t\tif n >= 10:\n        1\n", [197, 197, 342, 304, 10888, 216, 33, 32, 42, 466, 33, 198]),
     (
-        "It's 1859 -- \"don't!\"  é ☃ \r\n\n  end",
+        'It\'s 1859 -- "don\'t!"  é ☃ \r\n\n  end',
         [1589, 506, 216, 33, 40, 37, 41, 3009, 476, 12420, 982, 6653, 216, 26411, 4636, 242, 221, 26410, 8866, 1112],
     ),
 ]
+# fmt: on
 
 
 def test_the_packaged_tokenizer_cuts_text_as_llama_cpp_does() -> None:
@@ -259,3 +238,24 @@ def test_the_command_prints_errors_without_a_traceback(tmp_path: Path, capsys: p
     assert main(["--from", str(tmp_path / "absent")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: there is no folder or file") and "Traceback" not in error
+
+
+def test_a_tokenizer_that_went_wrong_is_not_saved(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_gguf_tokenizer(tiny_gguf)
+    monkeypatch.setattr("pipeline.backbone.convert.load_gguf_tokenizer", lambda _: tokenizer)
+    tokenizer.eos_token_id = 0
+    with pytest.raises(BackboneError, match=r"other special tokens than the GGUF; got: \(1, 0\); expected: \(1, 2\)"):
+        convert_gguf(tiny_gguf, tmp_path / "out")
+    tokenizer.eos_token_id = 2
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(BackboneError, match="does not give text back; got: .*class a"):
+        convert_gguf(tiny_gguf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_at_once_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: convert_gguf(tiny_gguf, tmp_path / "out"), range(2)))
+    assert sorted(converted.is_new for converted in both) == [False, True]

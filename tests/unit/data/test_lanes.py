@@ -68,7 +68,8 @@ def test_a_lane_is_its_documents_whole_and_in_order_epoch_after_epoch(job):
                 strict=True,
             )
         ]
-        read, place = [], 0
+        read: list[int] = []
+        place = 0
         while place < len(stream):
             document = stream[place][0] // 1000
             for position in range(lengths[document]):
@@ -169,9 +170,10 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 def test_the_deal_by_hand():
     # 5 to lane 0, 4 to lane 1, a 3 to lane 1 (7), a 3 to lane 0 (8), the last 3 to lane 1 (10).
-    dealt = deal([3, 5, 3, 4, 3], num_lanes=2, seed=0)
-    assert [1 in dealt[0], 3 in dealt[1]] == [True, True]
-    assert [len(documents) for documents in dealt] == [2, 3]
+    for seed in range(8):
+        dealt = deal([3, 5, 3, 4, 3], num_lanes=2, seed=seed)
+        assert [1 in dealt[0], 3 in dealt[1]] == [True, True]
+        assert [len(documents) for documents in dealt] == [2, 3]
 
 
 def test_the_seed_decides_between_documents_of_equal_length():
@@ -220,7 +222,8 @@ def test_a_state_of_other_data_or_settings_is_an_error(change, named):
 def test_a_malformed_state_is_an_error():
     lanes = make([9, 3, 5], num_lanes=2)
     state = lanes.state_dict()
-    for broken in ({}, state | {"index": None}, state | {"lanes": {"0": {"ordinal": 0, "offset": 0}}}):
+    one_lane = {"0": {"ordinal": 0, "offset": 0}}
+    for broken in (dict[str, object](), state | {"index": None}, state | {"lanes": one_lane}):
         with pytest.raises(DataError, match="malformed or lacks a lane"):
             lanes.load_state_dict(broken)
     for ordinal, offset in ((0, 99), (-1, 0), (0, -1)):

@@ -39,7 +39,7 @@ def test_what_is_written_is_read_back(folder):
     assert store.lengths.tolist() == [3, 1, 16, 5, 2] and store.lengths.dtype == np.int64
     for number, tokens in enumerate(DOCUMENTS):
         assert store.tokens(number).tolist() == tokens and store.tokens(number).dtype == np.int64
-        assert store.source(number) == f"file-{4 - number}"
+        assert store.source(number) == f"file-{5 - number}"
     assert store.tokens(2, 3, 6).tolist() == [103, 104, 105]
     assert store.tokens(2, 14).tolist() == [114, 115]
     assert TokenStore.open(folder, "validation").tokens(0).tolist() == [1, 2, 3, 4]
@@ -125,20 +125,14 @@ def test_counts_that_differ_from_store_json_are_an_error(folder):
 
 
 def test_an_empty_document_is_an_error(tmp_path):
-    write_store(tmp_path / "store", {"train": rows([[1], []]).select([0])}, tokenizer=TOKENIZER)
-    TokenStore.open(tmp_path / "store")
-    shutil.rmtree(tmp_path / "store")
-    with pytest.raises(DataError, match="is empty, or has documents without tokens"):
-        write_store(tmp_path / "store", {"train": rows([[1], []])}, tokenizer=TOKENIZER)
+    write_store(tmp_path / "store", {"train": rows([[1], []])}, tokenizer=TOKENIZER)
+    with pytest.raises(DataError, match="has empty documents.*train"):
         TokenStore.open(tmp_path / "store")
 
 
 def test_an_empty_split_is_an_error(folder):
-    rows([]).save_to_disk(str(folder / "nothing"))
-    shutil.rmtree(folder / "train")
-    (folder / "nothing").rename(folder / "train")
     change_info(folder, lambda whole: whole["splits"]["train"].update(num_documents=0, num_tokens=0))
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="the token store is empty.*train"):
         TokenStore.open(folder)
 
 

@@ -1,0 +1,41 @@
+"""How a launcher ends when something is wrong: in words for what a user can mend, with a traceback for our own bugs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import LongMemError
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Prints a LongMemError without traceback and exits with 1; leaves at once on other errors.
+
+    Every rank prints, but for errors in files and settings that all ranks find alike: those rank 0 prints.
+
+    Yields:
+        Nothing.
+    """
+    rank = os.environ.get("RANK", "0")
+    try:
+        yield
+    except LongMemError as error:
+        if rank == "0" or f"rank {rank}" in str(error):
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        _leave(1)
+    except Exception:
+        print(f"\nrank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)

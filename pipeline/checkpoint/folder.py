@@ -1,0 +1,230 @@
+"""Checkpoint folders that are whole or absent: written aside, vouched for by a manifest, then renamed.
+
+    checkpoints/step_00000040/manifest.json      format, step, world, every file with size and SHA-256; written last
+                             /<owner>/...        one folder for each owner of state
+    checkpoints/latest                           name of the newest whole checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.distributed.ranks import barrier, gather, on_rank_zero, rank, together, world_size
+from pipeline.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+class StateOwner(Protocol):
+    """Something that must survive a restart."""
+
+    name: str
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part.
+
+        Collective: every rank calls it.
+
+        Args:
+            folder: The owner's own folder, made and shared by all ranks.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Reads this rank's part back.
+
+        Collective: every rank calls it.
+
+        Args:
+            folder: The folder that `save` wrote.
+        """
+
+
+class Checkpoints:
+    """All checkpoints of one run.
+
+    Args:
+        folder: `checkpoints/` of the run folder.
+        keep: How many to keep.
+        identity: What a checkpoint must have in common with the run that loads it, as plain JSON.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+        self.folder, self.keep, self.identity = folder, keep, dict(identity)
+
+    def save(self, step: int, owners: Sequence[StateOwner]) -> Path:
+        """Saves all state after an optimizer step.
+
+        Collective: every rank must call it.
+
+        Args:
+            step: Optimizer steps done.
+            owners: Who holds state.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: A file could not be written; older checkpoints are untouched.
+        """
+        final = self.folder / f"step_{step:08d}"
+        work = self.folder / f"writing_{step:08d}"
+        on_rank_zero(lambda: _make_empty(work, [owner.name for owner in owners]))
+        for owner in owners:
+            owner.save(work / owner.name)
+        barrier()
+        files = _hash_together(work)
+        manifest = {"format": FORMAT, "step": step, "world_size": world_size(), "identity": self.identity}
+        on_rank_zero(lambda: self._publish(work, final, {**manifest, "files": files}))
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        pointer = self.folder / LATEST
+        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+
+    def load(self, checkpoint: Path, owners: Sequence[StateOwner]) -> int:
+        """Puts all state back.
+
+        Collective: every rank must call it.
+
+        Args:
+            checkpoint: The checkpoint's folder.
+            owners: Who holds state.
+
+        Returns:
+            Optimizer steps done when it was saved.
+
+        Raises:
+            CheckpointError: It is incomplete or corrupt, or belongs to another run or world size.
+        """
+        manifest = together(lambda: self._check(checkpoint))
+        problems = [problem for part in gather(_damaged(checkpoint, manifest["files"])) for problem in part]
+        if problems:
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} is corrupt",
+                got="; ".join(sorted(problems)),
+                do="resume from another one with --run.resume DIR, or start anew in another --run.output_dir",
+            )
+        for owner in owners:
+            owner.load(checkpoint / owner.name)
+        return int(manifest["step"])
+
+    def _check(self, checkpoint: Path) -> dict[str, Any]:
+        manifest = read_manifest(checkpoint)
+        other = {
+            name: (manifest["identity"].get(name), value)
+            for name, value in self.identity.items()
+            if manifest["identity"].get(name) != value
+        }
+        if manifest["world_size"] != world_size():
+            other["world size"] = (manifest["world_size"], world_size())
+        if other:
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} belongs to another run",
+                got="; ".join(f"{name} {found!r}" for name, (found, _) in other.items()),
+                expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
+                do="start with the settings, backbone and number of ranks that it was saved with",
+            )
+        return manifest
+
+    def _publish(self, work: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+        _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
+        if final.exists():  # the same step, saved before an interruption: the new one is as good
+            shutil.rmtree(final)
+        os.replace(work, final)
+        pointer = self.folder / f"{LATEST}.writing"
+        _write_durably(pointer, final.name)
+        os.replace(pointer, self.folder / LATEST)
+        whole = sorted(path for path in self.folder.glob("step_*") if path.is_dir())
+        for old in whole[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Reads what a checkpoint says of itself.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or one of another format.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        known = manifest["format"] == FORMAT and all(n in manifest for n in ("step", "world_size", "identity", "files"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is not a whole checkpoint",
+            got=f"{type(error).__name__} at {path.name}",
+            expected=f"a folder step_* with {MANIFEST}",
+            do="give the folder of a checkpoint to run.resume, or 'auto', or 'none' with another run.output_dir",
+        ) from error
+    if not known:
+        raise CheckpointError(
+            f"{checkpoint} has another format",
+            got=f"format {manifest['format']!r}",
+            expected=f"format {FORMAT}",
+            do="resume it with the version of LongMem that wrote it",
+        )
+    return manifest
+
+
+def _make_empty(folder: Path, names: Sequence[str]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _share(names: Sequence[str]) -> Sequence[str]:
+    """This rank's share of the work on a list that is the same on all ranks."""
+    return names[rank() :: world_size()]
+
+
+def _hash_together(folder: Path) -> dict[str, Any]:
+    """Size and hash of every file below a folder; the ranks share the reading."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    parts = gather({name: _digest(folder / name) for name in _share(names)})
+    return {name: entry for part in parts for name, entry in sorted(part.items())}
+
+
+def _damaged(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """What is wrong with this rank's share of the files that a manifest lists."""
+    problems = []
+    for name in _share(sorted(files)):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != files[name]["size"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {files[name]['size']}")
+        elif _digest(path)["sha256"] != files[name]["sha256"]:
+            problems.append(f"{name} has another hash")
+    return problems
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

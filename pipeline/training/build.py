@@ -1,0 +1,208 @@
+"""Building a run: every check first, then data, engines, memory, and who owns which state."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from pipeline.backbone.backbone import identity
+from pipeline.backbone.families import family_of
+from pipeline.checkpoint.folder import Checkpoints, StateOwner, read_manifest
+from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.config.schema import Config
+from pipeline.config.world import WorldSplit, check_world
+from pipeline.data.lanes import Lanes, check_documents
+from pipeline.data.store import TokenStore, check_tokenizer
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, together, world_size
+from pipeline.errors import DataError
+from pipeline.memory.bank import MemoryBank
+from pipeline.metrics.phases import PhaseTimer
+from pipeline.model.longmem import LongMem, build, layout_of
+from pipeline.training.engine_owner import EngineOwner
+from pipeline.training.engines import (
+    Engines,
+    check_precision,
+    gather_partitions,
+    read_backbone_config,
+    start_distributed,
+)
+from pipeline.training.run_folder import claim
+from pipeline.training.step import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The token stores of a run.
+
+    Attributes:
+        train: What is trained on.
+        validation: Held-out documents, or None.
+    """
+
+    train: TokenStore
+    validation: TokenStore | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, ready to go.
+
+    Attributes:
+        config: Its settings.
+        folder: The run folder.
+        model: Backbone and SideNet in their engines.
+        trainer: Does the steps.
+        stores: The data.
+        bank: This rank's memory, or None.
+        checkpoints: The run's checkpoints.
+        owners: Everything that must survive a restart (docs/architecture.md lists it).
+        resume_from: The checkpoint to go on from, or None.
+    """
+
+    config: Config
+    folder: Path
+    model: LongMem
+    trainer: Trainer
+    stores: Stores
+    bank: MemoryBank | None
+    checkpoints: Checkpoints
+    owners: Sequence[StateOwner]
+    resume_from: Path | None
+
+
+def build_run(config: Config) -> Run:
+    """Builds a run.
+
+    Collective: every rank must call it together.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The run; nothing has been trained yet.
+
+    Raises:
+        LongMemError: Something is wrong with settings, data, backbone, run folder or checkpoint; on every rank.
+    """
+    device = start_distributed(timeout_s=config.run.collective_timeout_s)
+    check_agreement("the configuration", config.model_dump(mode="json"))
+    split = check_world(config, world_size())
+    check_precision(config)
+    stores = together(lambda: check_inputs(config))
+    folder = Path(config.run.output_dir)
+    on_rank_zero(lambda: claim(folder, config))
+    resume_from = together(lambda: find_checkpoint(config, folder))
+    _seed(config.run.seed)
+    model, engine, backbone_identity = build_model(config, device)
+    lanes = _lanes(config, stores.train, split)
+    bank = model.bank(split.lanes_per_group) if config.memory.enabled else None
+    timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
+    trainer = Trainer(model, engine, lanes, bank, timer=timer, num_segments=split.accumulation_steps)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=config.checkpoint.keep,
+        identity={"backbone": backbone_identity, "group_size": config.memory.group_size},
+    )
+    owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
+    if bank is not None:
+        owners.append(MemoryOwner(bank))
+    return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from)
+
+
+def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str]:
+    """Loads the backbone into partitions, copies the SideNet from it, and starts both engines.
+
+    Collective: every rank must call it together.
+
+    Args:
+        config: The settings.
+        device: This rank's device.
+
+    Returns:
+        The model, the SideNet's engine, and the backbone's identity.
+    """
+    engines = Engines(config)
+    causal_lm = engines.load()
+    backbone, sidenet = build(config, causal_lm, gather=gather_partitions)
+    backbone_identity = identity(causal_lm, gather=gather_partitions)
+    backbone_engine, engine = engines.start(backbone, sidenet.to(device))
+    model = LongMem(config, backbone, sidenet, encode=backbone_engine, run_sidenet=engine)
+    return model, engine, backbone_identity
+
+
+def check_inputs(config: Config) -> Stores:
+    """Checks data, tokenizer and the backbone's configuration against the settings, before any weight is loaded.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The open stores.
+
+    Raises:
+        LongMemError: Something does not fit.
+    """
+    train = TokenStore.open(config.data.path, "train")
+    check_documents(train, chunk_size=config.memory.chunk_size, num_lanes=config.data.lanes)
+    try:
+        validation = TokenStore.open(config.data.path, "validation")
+    except DataError:
+        validation = None
+        logger.warning("%s has no validation split: there will be no held-out evaluation", config.data.path)
+    backbone_config = read_backbone_config(config.backbone.path).get_text_config()
+    family_of(backbone_config)
+    layout_of(config, backbone_config.num_hidden_layers)
+    check_tokenizer(train, load_tokenizer(config.backbone.path))
+    return Stores(train, validation)
+
+
+def find_checkpoint(config: Config, folder: Path) -> Path | None:
+    """Finds the checkpoint that `run.resume` asks for.
+
+    Args:
+        config: The settings.
+        folder: The run folder.
+
+    Returns:
+        Its folder, or None: start anew.
+
+    Raises:
+        CheckpointError: The named folder, or the newest one, is no whole checkpoint.
+    """
+    if config.run.resume == "none":
+        return None
+    if config.run.resume == "auto":
+        newest = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, identity={}).latest()
+    else:
+        newest = Path(config.run.resume)
+    if newest is not None:
+        read_manifest(newest)
+    return newest
+
+
+def _lanes(config: Config, store: TokenStore, split: WorldSplit) -> Lanes:
+    first = rank() // config.memory.group_size * split.lanes_per_group
+    return Lanes(
+        store,
+        num_lanes=config.data.lanes,
+        lanes=range(first, first + split.lanes_per_group),
+        segment_tokens=config.train.segment_tokens,
+        seed=config.run.seed,
+    )
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

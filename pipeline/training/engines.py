@@ -1,0 +1,187 @@
+"""The two DeepSpeed engines of one process: the backbone in ZeRO-3 partitions without optimizer, the SideNet in ZeRO-2."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from pipeline.backbone.backbone import Backbone
+from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
+from pipeline.config.schema import Config
+from pipeline.distributed.ranks import world_size
+from pipeline.errors import BackboneError, ConfigError
+from pipeline.model.longmem import DTYPES
+from pipeline.sidenet.sidenet import SideNet
+from pipeline.training.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
+_MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def start_distributed(*, timeout_s: int) -> torch.device:
+    """Joins the job that a launcher started (deepspeed, torchrun, srun with the usual variables, mpirun); or starts one of one rank.
+
+    Args:
+        timeout_s: Seconds after which a collective that does not end ends the job.
+
+    Returns:
+        This rank's device.
+    """
+    if "RANK" not in os.environ and not any(mark in os.environ for mark in _MPI_MARKS):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
+    accelerator = get_accelerator()
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(accelerator.current_device_name())
+
+
+def check_precision(config: Config) -> None:
+    """Checks that the accelerator can compute in the precision asked for.
+
+    Args:
+        config: The run's settings.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[config.train.precision]:
+        usable = [name for name, works in supported.items() if works]
+        raise ConfigError(
+            [
+                f"train.precision is {config.train.precision}, which this accelerator ({accelerator.device_name()}) "
+                f"does not support; expected: one of {', '.join(usable)}; do: set train.precision to one of them"
+            ]
+        )
+
+
+def read_backbone_config(path: str) -> Any:
+    """Reads a backbone's configuration, before any weight is loaded.
+
+    Args:
+        path: Folder or hub name.
+
+    Returns:
+        The `transformers` configuration of its text model.
+
+    Raises:
+        BackboneError: There is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            "the backbone cannot be loaded",
+            got=f"backbone.path {path!r} ({str(error).splitlines()[0]})",
+            expected="a Hugging Face model folder (config.json, *.safetensors) or hub name",
+            do="set backbone.path; launch/prepare_backbone.py makes a small one without network",
+        ) from error
+
+
+def gather_partitions(parameters: Any) -> AbstractContextManager[Any]:
+    """Makes parameters whole while the context is open, whether partitioned or not; what is written to them is lost.
+
+    Collective: every rank must enter it together.
+
+    Args:
+        parameters: The parameters.
+
+    Returns:
+        The context manager.
+    """
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+    return context
+
+
+class Engines:
+    """Backbone and SideNet under DeepSpeed.
+
+    Collective: every rank must build it together.
+
+    Args:
+        config: The run's settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._backbone_json = backbone_deepspeed(config, world_size())
+        self._sidenet_json = sidenet_deepspeed(config, world_size())
+        # transformers splits a model while loading it as long as this object lives.
+        self._partitioning = HfDeepSpeedConfig(self._backbone_json)
+
+    def load(self) -> PreTrainedModel:
+        """Loads the backbone straight into partitions.
+
+        Collective: every rank must call it.
+
+        Returns:
+            The causal LM, each rank holding its part of every parameter.
+
+        Raises:
+            BackboneError: Its files are missing or damaged.
+        """
+        path = self._config.backbone.path
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[self._config.train.precision], attn_implementation=self._config.backbone.attention
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BackboneError(
+                "the backbone's weights cannot be loaded",
+                got=f"backbone.path {path!r} ({str(error).splitlines()[0]})",
+                do="check the folder, or convert or download the model again",
+            ) from error
+        return model
+
+    def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:
+        """Puts both under their engines.
+
+        Collective: every rank must call it.
+
+        Args:
+            backbone: The backbone, loaded by `load`.
+            sidenet: The SideNet, whole on every rank.
+
+        Returns:
+            The backbone's engine and the SideNet's.
+        """
+        backbone_engine, *_ = deepspeed.initialize(
+            model=backbone, config=self._backbone_json, dist_init_required=False
+        )
+        sidenet_engine, *_ = deepspeed.initialize(
+            model=sidenet,
+            optimizer=build_optimizer(sidenet, self._config.train),
+            config=self._sidenet_json,
+            dist_init_required=False,
+        )
+        backbone_engine.module.eval()
+        return backbone_engine, sidenet_engine
+
+
+def partitioned_bytes(module: nn.Module) -> int:
+    """Bytes of a partitioned module's parameters that this rank holds.
+
+    Args:
+        module: A module under a ZeRO-3 engine.
+
+    Returns:
+        The number of bytes.
+    """
+    held = (getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)

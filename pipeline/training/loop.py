@@ -1,0 +1,65 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.data.store import TokenStore
+from pipeline.distributed.ranks import on_rank_zero, rank
+from pipeline.metrics.atomic import write_text
+from pipeline.metrics.record import MetricsWriter
+from pipeline.model.longmem import LongMem
+from pipeline.training.build import Run
+from pipeline.training.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+Evaluate = Callable[[LongMem, TokenStore], dict[str, Any]]
+
+
+def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
+    """Trains until `train.steps` or `train.stop_after_steps`.
+
+    Collective: every rank must call it together.
+
+    Args:
+        run: The run.
+        evaluate: Evaluates held-out documents and returns plain JSON; called on every rank together.
+
+    Returns:
+        Optimizer steps done in all.
+
+    Raises:
+        LongMemError: Training cannot go on; the last checkpoint is whole.
+    """
+    config = run.config
+    step = 0 if run.resume_from is None else run.checkpoints.load(run.resume_from, run.owners)
+    last = max(step, min(config.train.steps, config.train.stop_after_steps or config.train.steps))
+    with MetricsWriter(run.folder, enabled=rank() == 0) as writer:
+        writer.truncate_after(step)
+        recorder = Recorder(config, run.model, writer, first_step=step)
+        while step < last:
+            step += 1
+            result = run.trainer.step(step, observe_ages=recorder.ages_observer(step))
+            recorder.record(step, result, memory_fill=run.trainer.memory_fill)
+            if step == last or _due(step, config.checkpoint.every_steps):
+                run.checkpoints.save(step, run.owners)
+            if step == config.train.steps or _due(step, config.evaluation.every_steps):
+                _evaluate(run, evaluate, step)
+        recorder.close()
+    return step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:
+    """Writes `evaluation.json`: the step, and what the evaluation said."""
+    if evaluate is None or run.stores.validation is None:
+        return
+    found = {"step": step, **evaluate(run.model, run.stores.validation)}
+    path = run.folder / "evaluation.json"
+    on_rank_zero(lambda: write_text(path, json.dumps(found, indent=1) + "\n"))

@@ -1,0 +1,100 @@
+"""What a step leaves behind: a line of metrics.jsonl, TensorBoard scalars and, now and then, histograms."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.config.schema import Config
+from pipeline.distributed.ranks import rank
+from pipeline.memory.reader import AgeObserver
+from pipeline.metrics.formulas import tokens_per_second
+from pipeline.metrics.record import MetricsWriter
+from pipeline.model.longmem import LongMem
+from pipeline.training.step import StepResult, ages_recorder
+
+
+class Recorder:
+    """Records the steps of a run on rank 0.
+
+    Args:
+        config: The run's settings.
+        model: The model.
+        writer: Writes the files.
+        first_step: Steps done before.
+    """
+
+    def __init__(self, config: Config, model: LongMem, writer: MetricsWriter, *, first_step: int) -> None:
+        self.config, self.model, self.writer = config, model, writer
+        self._ages: dict[int, list[np.ndarray]] = {}
+        self._bar = tqdm(
+            total=config.train.steps, initial=first_step, unit="step", desc="training", disable=rank() != 0
+        )
+
+    def ages_observer(self, step: int) -> AgeObserver | None:
+        """What a step must collect for its histograms.
+
+        Args:
+            step: The step, counted from 1.
+
+        Returns:
+            An observer of ages on steps that record histograms, else None.
+        """
+        every = self.config.train.histogram_every_steps
+        if rank() != 0 or every == 0 or step % every:
+            return None
+        self._ages.clear()
+        return ages_recorder(self._ages)
+
+    def record(self, step: int, result: StepResult, *, memory_fill: float) -> None:
+        """Records one step.
+
+        Args:
+            step: The step, counted from 1.
+            result: What it said of itself.
+            memory_fill: Share of the memory that is filled.
+        """
+        if rank() != 0:
+            return
+        shares = self._memory_shares()
+        values = {
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens": result.tokens,
+            "tokens_per_second": tokens_per_second(result.tokens, result.seconds),
+            "seconds": result.seconds,
+            "memory_fill": memory_fill,
+            "gate_mean": float(self._gates().mean()),
+            "memory_share": float(shares.mean()) if shares is not None else 0.0,
+        }
+        self.writer.write(step, values, phases=result.phases)
+        if self._ages:
+            self._histograms(step, shares)
+        self._bar.set_postfix(loss=f"{result.loss:.3f}", tokens_per_s=f"{values['tokens_per_second']:.0f}")
+        self._bar.update()
+
+    def close(self) -> None:
+        """Closes the progress bar."""
+        self._bar.close()
+
+    def _gates(self) -> torch.Tensor:
+        """Weight of the local part for fusion `gate`, bias of memory for `joint`: float32 `[memory layers, H]`."""
+        gates = torch.stack([fusion.gate.detach().float().cpu() for fusion in self.model.sidenet.memory.values()])
+        return torch.sigmoid(gates) if self.config.sidenet.fusion == "gate" else gates
+
+    def _memory_shares(self) -> torch.Tensor | None:
+        """Mean weight of memory at the last read, `[memory layers, H]`."""
+        shares = [fusion.memory_share for fusion in self.model.sidenet.memory.values()]
+        return None if any(share is None for share in shares) else torch.stack(shares).float().cpu()
+
+    def _histograms(self, step: int, shares: torch.Tensor | None) -> None:
+        for layer, ages in self._ages.items():
+            number = self.model.sidenet.layout.memory_layers[layer]
+            self.writer.histogram(f"age/layer_{number}_tokens", torch.from_numpy(np.concatenate(ages)), step=step)
+        self._ages.clear()
+        for row, number in enumerate(self.model.sidenet.layout.memory_layers):
+            self.writer.histogram(f"gate/layer_{number}", self._gates()[row], step=step)
+            if shares is not None:
+                self.writer.histogram(f"memory_share/layer_{number}_fraction", shares[row], step=step)

@@ -1,0 +1,86 @@
+"""The run folder: who may write into it, and what it says of the run.
+
+    RUN/config.yaml        the resolved configuration
+        versions.json      Python, packages, git commit
+        metrics.jsonl      one object an optimizer step
+        tensorboard/       the same, and histograms
+        checkpoints/       see pipeline/checkpoint/folder.py
+        evaluation.json    the held-out evaluation at the end
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config.load import dump_config
+from pipeline.config.schema import Config
+from pipeline.errors import TrainingError
+from pipeline.metrics.folder import write_versions
+
+# Settings that may differ when a run goes on: they change how long or how visibly it runs, not what it computes.
+CHANGEABLE = {
+    "run": {"resume", "output_dir", "collective_timeout_s"},
+    "train": {"stop_after_steps", "histogram_every_steps", "loss_piece_tokens"},
+    "checkpoint": {"every_steps", "keep"},
+    "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
+    "backbone": {"path"},  # its identity hash is compared instead
+    "data": {"path"},  # likewise
+}
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Checks that the run may use its folder, and writes configuration and versions into it.
+
+    Args:
+        folder: The run folder; made if missing.
+        config: The run's settings.
+
+    Raises:
+        TrainingError: It holds a run of another configuration, a run that is not to be resumed, or something else.
+    """
+    path = folder / "config.yaml"
+    if path.is_file():
+        _check_same(path, config)
+        if config.run.resume == "none":
+            raise TrainingError(
+                "the run folder already holds this run, and run.resume is 'none'",
+                got=str(folder),
+                do="set run.resume to 'auto' to go on with it, or choose another run.output_dir",
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise TrainingError(
+            "the run folder holds something that is not a run; nothing was written",
+            got=f"{folder} without config.yaml",
+            do="choose an empty or new run.output_dir",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_config(config), encoding="utf-8")
+    write_versions(folder)
+
+
+def _check_same(path: Path, config: Config) -> None:
+    found, wanted = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(config.model_dump(mode="json"))
+    other = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    if other:
+        raise TrainingError(
+            "the run folder holds a run of another configuration; nothing was written",
+            got=", ".join(f"{name} {wanted.get(name)!r}" for name in other),
+            expected=", ".join(f"{name} {found.get(name)!r}" for name in other) + f" ({path})",
+            do="choose another run.output_dir, or give the settings of that run to go on with it",
+        )
+
+
+def _flat(sections: Any) -> dict[str, Any]:
+    """`section.key` -> value, without what may change."""
+    if not isinstance(sections, dict):
+        return {}
+    return {
+        f"{section}.{key}": tuple(value) if isinstance(value, list) else value
+        for section, values in sections.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if key not in CHANGEABLE.get(section, ())
+    }

@@ -1,0 +1,188 @@
+"""One optimizer step: every segment of it through backbone, memory, SideNet and back.
+
+Shapes: `B` lanes of this rank, `T` segment tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data.lanes import Lanes, Segment
+from pipeline.distributed.ranks import gather, world_size
+from pipeline.errors import TrainingError
+from pipeline.memory.bank import MemoryBank
+from pipeline.memory.reader import AgeObserver
+from pipeline.metrics.phases import PhaseTimer
+from pipeline.model.longmem import LongMem
+from pipeline.training.optimizer import learning_rate_at, set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step says of itself, over all ranks.
+
+    Attributes:
+        loss: Mean over predicted tokens, nats.
+        grad_norm: Of all gradients, before clipping.
+        learning_rate: Of weights.
+        tokens: Tokens read by the job.
+        seconds: Of the step.
+        phases: Seconds of each phase on this rank.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    phases: dict[str, float]
+
+
+class Trainer:
+    """Does optimizer steps. Owns no state: lanes, memory and engines do.
+
+    Args:
+        model: Backbone, SideNet and their engines.
+        engine: The SideNet's engine.
+        lanes: This rank's lanes.
+        bank: This rank's memory, or None: memory is off.
+        timer: Takes the seconds of phases.
+        num_segments: Segments of each lane that this rank reads in a step.
+    """
+
+    def __init__(
+        self,
+        model: LongMem,
+        engine: Any,
+        lanes: Lanes,
+        bank: MemoryBank | None,
+        *,
+        timer: PhaseTimer,
+        num_segments: int,
+    ) -> None:
+        self.model, self.engine, self.lanes, self.bank = model, engine, lanes, bank
+        self.timer, self.num_segments = timer, num_segments
+
+    def step(self, number: int, *, observe_ages: AgeObserver | None = None) -> StepResult:
+        """Does one optimizer step.
+
+        Collective: every rank must call it together.
+
+        Args:
+            number: The step, counted from 1.
+            observe_ages: As in `BankReader`.
+
+        Returns:
+            The step's record.
+
+        Raises:
+            TrainingError: A loss is not finite; the optimizer has not stepped.
+        """
+        begun = time.perf_counter()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.model.device)  # sum of losses, predicted tokens
+        for micro in range(self.num_segments):
+            with self.timer.phase("data"):
+                segment = self.lanes.next_segment()
+            losses, counted = self._forward(segment, observe_ages)
+            totals += torch.stack([losses.detach().sum().double(), counted.double()])
+            with self.timer.phase("backward"):
+                # Every token weighs the same on every rank: divide by all tokens, not by those with a target.
+                self.engine.backward(losses.sum() / losses.numel())
+            if micro + 1 == self.num_segments:
+                self._check_finite(number, totals)
+            with self.timer.phase("optimizer"):
+                learning_rate = learning_rate_at(number, self.model.config.train)
+                set_learning_rate(self.engine.optimizer, learning_rate)
+                self.engine.step()
+        loss_sum, count = totals.tolist()
+        tokens = self.num_segments * losses.numel() * world_size()
+        return StepResult(
+            loss=loss_sum / max(count, 1.0),
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            learning_rate=learning_rate,
+            tokens=tokens,
+            seconds=time.perf_counter() - begun,
+            phases=self.timer.collect(),
+        )
+
+    def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
+        """Losses `[B, T]` of one segment of every lane, and how many of its tokens predict."""
+        model, timer = self.model, self.timer
+        tokens, targets, documents = (
+            torch.from_numpy(array).to(model.device, non_blocking=True)
+            for array in (segment.tokens, segment.targets, segment.documents)
+        )
+        with timer.phase("backbone"):
+            encoding = model.encode(tokens, documents)
+        reader = None
+        if self.bank is not None:
+            with timer.phase("append"):
+                model.append(self.bank, encoding, start=segment.start, documents=documents)
+            reader = model.reader(
+                self.bank,
+                start=segment.start,
+                documents=documents,
+                observe_ages=observe_ages,
+                timed=_phase(timer, "retrieve_and_read"),
+            )
+        with timer.phase("sidenet"):
+            hidden = model.hidden(encoding, reader)
+        with timer.phase("loss"):
+            losses = model.losses(hidden, targets)
+        return losses, (targets >= 0).sum()
+
+    def _check_finite(self, number: int, totals: Tensor) -> None:
+        """Adds the totals of all ranks up, and stops before the optimizer if some loss is not finite."""
+        mine = float(totals[0])
+        if world_size() > 1:
+            dist.all_reduce(totals)
+        if math.isfinite(float(totals[0])):
+            return
+        ill = [rank for rank, value in enumerate(gather(mine)) if not math.isfinite(value)]
+        raise TrainingError(
+            f"the loss of step {number} is not finite; the optimizer has not stepped",
+            got=f"{mine} on this rank; not finite on rank(s) {ill}; lanes read up to token {self.lane_tokens}",
+            do="resume from the last checkpoint with a lower train.learning_rate, or in bf16 or fp32 instead of fp16",
+        )
+
+    @property
+    def lane_tokens(self) -> int:
+        """Tokens of each lane read so far."""
+        return int(self.lanes.state_dict()["index"]) * self.model.config.train.segment_tokens
+
+    @property
+    def memory_fill(self) -> float:
+        """Share of the memory that is filled, of the last `memory.tokens` tokens of each lane."""
+        if self.bank is None:
+            return 0.0
+        remembered = self.bank.num_filled * self.bank.shape.chunk_size
+        return min(1.0, remembered / self.model.config.memory.tokens)
+
+
+def _phase(timer: PhaseTimer, name: str) -> Callable[[], Any]:
+    return lambda: timer.phase(name)
+
+
+def ages_recorder(into: dict[int, list[np.ndarray]]) -> AgeObserver:
+    """Collects the ages of retrieved chunks by memory layer.
+
+    Args:
+        into: Where they are added: memory layer -> arrays of tokens.
+
+    Returns:
+        The observer.
+    """
+
+    def observe(layer: int, ages: Tensor) -> None:
+        into.setdefault(layer, []).append(ages.cpu().numpy())
+
+    return observe

@@ -1,0 +1,163 @@
+"""Starts gloo ranks on this machine, one process each, and brings back their results, their tracebacks, or where they hang."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 3.0
+"""Seconds that the others get after a rank failed: time to fail for the same reason, and to say so."""
+_POLL_S = 0.02
+
+
+class RanksFailedError(AssertionError):
+    """At least one rank raised, died or hung. The message holds what each of them last said."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    init_process_group: bool = True,
+) -> list[Any]:
+    """Calls a function on every rank of a new world and waits for all of them.
+
+    Each rank is a new process with `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` as a launcher sets
+    them, and one thread.
+
+    Args:
+        function: Called as `function(*args)`; a function of a module, so that another process can import it. It asks
+            `torch.distributed` for its rank.
+        world_size: Number of ranks, a literal in the test.
+        *args: The same for every rank; anything that pickle can carry.
+        timeout_s: Seconds after which the ranks that are still running count as hung.
+        init_process_group: False if the function sets up `torch.distributed` by itself.
+
+    Returns:
+        What the function returned, by rank; anything that pickle can carry.
+
+    Raises:
+        RanksFailedError: A rank raised, died or hung. No rank is left running.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        folder, port = Path(name), _free_port()
+        processes: list[BaseProcess] = [
+            context.Process(
+                target=_run_rank, args=(folder, rank, world_size, port, init_process_group, timeout_s, function, args)
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            hung = _wait(processes, timeout_s=timeout_s)
+            for rank in hung:
+                _ask_for_stack(processes[rank], folder / f"{rank}.stack")
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        return _collect(folder, processes, hung, timeout_s=timeout_s)
+
+
+def _run_rank(
+    folder: Path,
+    rank: int,
+    world_size: int,
+    port: int,
+    init_process_group: bool,
+    timeout_s: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    # Open as long as the process lives: the handler writes when the parent asks, even from within a stuck collective.
+    faulthandler.register(signal.SIGUSR1, file=(folder / f"{rank}.stack").open("w"), all_threads=True)
+    try:
+        import torch
+        import torch.distributed
+
+        torch.set_num_threads(1)
+        if init_process_group:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2 * timeout_s))
+        result = pickle.dumps(function(*args))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        (folder / f"{rank}.result").write_bytes(result)
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def _wait(processes: list[BaseProcess], *, timeout_s: float) -> list[int]:
+    """Waits until all have ended, the time is over, or the grace after the first failure is; returns who still runs."""
+    deadline = time.monotonic() + timeout_s
+    has_failed = False
+    while time.monotonic() < deadline:
+        codes = [process.exitcode for process in processes]
+        if None not in codes:
+            return []
+        if not has_failed and any(codes):
+            has_failed = True
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        time.sleep(_POLL_S)
+    return [rank for rank, process in enumerate(processes) if process.is_alive()]
+
+
+def _ask_for_stack(process: BaseProcess, stack_file: Path) -> None:
+    # Without the file the rank has not come as far as its handler, and the signal would kill it unheard.
+    if process.pid is None or not stack_file.exists():
+        return
+    os.kill(process.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 2.0
+    while not stack_file.stat().st_size and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    time.sleep(_POLL_S)  # the last lines of the stack
+
+
+def _collect(folder: Path, processes: list[BaseProcess], hung: list[int], *, timeout_s: float) -> list[Any]:
+    problems, waiting = [], []
+    for rank, process in enumerate(processes):
+        error, stack = folder / f"{rank}.error", folder / f"{rank}.stack"
+        if error.exists():
+            problems.append(f"rank {rank} raised:\n{error.read_text()}")
+        elif rank in hung:
+            where = stack.read_text() if stack.exists() else ""
+            waiting.append(f"rank {rank} was still running, here:\n{where or '(it had not started yet)'}")
+        elif process.exitcode != 0:
+            problems.append(f"rank {rank} died without a word, exit code {process.exitcode}")
+    if waiting and not problems:
+        problems.append(f"hang: no answer after {timeout_s:g} s")
+    if problems:
+        raise RanksFailedError("\n".join([f"{len(processes)} ranks:", *problems, *waiting]))
+    return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(len(processes))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
