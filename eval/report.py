@@ -196,8 +196,8 @@ def _mean_and_exponential(
     if num_units < 2:
         return float(mean), None, exponential, None
     squares = ((sums - mean * sizes) ** 2).sum()
-    error = math.sqrt(num_units / (num_units - 1) * squares) / total
-    return float(mean), float(error), exponential, float(exponential * error)
+    error = float(math.sqrt(num_units / (num_units - 1) * squares) / total)
+    return float(mean), error, exponential, exponential * error
 
 
 def _plain(value: Any) -> Any:

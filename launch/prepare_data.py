@@ -28,9 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # --workers processes; threads below them would be too many
+    # --workers processes read and tokenize; threads below each of them would be too many.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         prepared = prepare(
             options.inputs,

@@ -83,7 +83,6 @@ make_venv() {
   if [[ -e .venv/longmem-unfinished || ( -n "$home" && "$home" != "$PWD" ) ]] || ! .venv/bin/python -m pip --version &>/dev/null ||
     [[ "$(.venv/bin/python -c 'import sys; print(sys.version)')" != "$("$python" -c 'import sys; print(sys.version)')" ]]; then
     # The base interpreter, because .venv/bin/python cannot clear the folder that it lives in.
-    "$python" -c 'import os, sys; print(os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable))' >/dev/null
     local base
     base="$("$python" -c 'import sys; print(sys._base_executable)')"
     echo "setup: making .venv with $("$base" --version)"

@@ -27,7 +27,6 @@ def run(config: Config) -> None:
     """
     # Loaded after the settings are known to be right: these imports take seconds.
     from eval.perplexity import evaluate
-    from eval.report import table
     from pipeline.distributed.ranks import rank, world_size
     from pipeline.training.build import build_run
     from pipeline.training.loop import train
@@ -37,7 +36,7 @@ def run(config: Config) -> None:
     def evaluation(model, store):
         report = evaluate(model, store, config, rank=rank(), world_size=world_size(), progress=rank() == 0)
         if rank() == 0:
-            print(table(report))
+            print(report.table())
         return report.to_dict()
 
     step = train(run, evaluate=evaluation)

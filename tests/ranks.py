@@ -1,4 +1,4 @@
-"""Starts gloo ranks on this machine, one process each, and brings back their results, their tracebacks, or where they hang."""
+"""Starts gloo ranks on this machine, one process each, and brings back results, tracebacks, or where they hang."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def run_ranks(
 ) -> list[Any]:
     """Calls a function on every rank of a new world and waits for all of them.
 
-    Each rank is a new process with `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` as a launcher sets
-    them, and one thread.
+    Each rank is a new process with `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` as a launcher
+    sets them, and one thread.
 
     Args:
         function: Called as `function(*args)`; a function of a module, so that another process can import it. It asks

@@ -85,7 +85,8 @@ class Backbone(nn.Module):
     @property
     def head(self) -> nn.Module:
         """The LM head."""
-        return self.model.get_submodule(self.family.head)
+        head: nn.Module = self.model.get_output_embeddings()  # named differently from one version to the next
+        return head
 
     @property
     def hidden_size(self) -> int:

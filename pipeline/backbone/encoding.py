@@ -1,16 +1,17 @@
-"""What the backbone says of one segment: taps, the calls of its layers, memory keys and values."""
+"""What the backbone says of one segment: taps, the calls of its layers, memory keys and values.
+
+Named tuples, not dataclasses: DeepSpeed's ZeRO-3 hooks walk through a module's output and know only built-in containers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LayerCall:
+class LayerCall(NamedTuple):
     """How the backbone called one of its layers, but for the hidden states: masks, rotary tables, ALiBi, ...
 
     A SideNet layer is a copy of a backbone layer, so it can be called the same way, whatever the family.
@@ -24,8 +25,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class KeyValue:
+class KeyValue(NamedTuple):
     """Keys and values of one attention layer, before any rotary embedding.
 
     Attributes:
@@ -37,8 +37,7 @@ class KeyValue:
     value: Tensor
 
 
-@dataclass(frozen=True)
-class Encoding:
+class Encoding(NamedTuple):
     """One encoded segment.
 
     Attributes:
@@ -49,6 +48,6 @@ class Encoding:
     """
 
     taps: Mapping[int, Tensor]
-    calls: Mapping[int, LayerCall] = field(repr=False)
-    memory: Sequence[KeyValue] = field(repr=False)
+    calls: Mapping[int, LayerCall]
+    memory: Sequence[KeyValue]
     documents: Tensor | None = None

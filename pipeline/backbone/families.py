@@ -28,7 +28,6 @@ class Family:
         decoder: Path from the causal LM to the module that holds the layers.
         layers: Name of the list of layers in the decoder.
         norm: Name of the final norm in the decoder.
-        head: Name of the LM head in the causal LM.
         attention: Name of the attention module in a layer.
         output: Name of the output projection in the attention module.
         projections: Names of the modules whose outputs hold q, k, v, in this order; one name if they are fused.
@@ -43,7 +42,6 @@ class Family:
     decoder: str = "model"
     layers: str = "layers"
     norm: str = "norm"
-    head: str = "lm_head"
     attention: str = "self_attn"
     output: str = "o_proj"
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -110,7 +108,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gpt_neox": Family(
             decoder="gpt_neox",
             norm="final_layer_norm",
-            head="embed_out",
             attention="attention",
             output="dense",
             projections=("query_key_value",),

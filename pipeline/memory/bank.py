@@ -160,13 +160,15 @@ class MemoryBank:
         """The filled part of the bank, for a checkpoint.
 
         Returns:
-            `positions` `[F]` and `documents` `[B, F]` (int64), `next_slot`, and for each layer `i` `keys.i`,
-            `values.i` `[Hkv, B, F, c, D]`, on the host, for the `F` filled slots; chunk keys are recomputed.
+            `slots` and `positions` `[F]`, `documents` `[B, F]` (int64), `num_chunks` (`C`), `next_slot`, and for each
+            layer `i` `keys.i`, `values.i` `[Hkv, B, F, c, D]`, on the host, for the `F` filled slots; chunk keys are
+            recomputed.
         """
         filled = torch.from_numpy(np.flatnonzero(self.positions != EMPTY))
         slots = filled.to(self.device)
         state = {
             "slots": filled,
+            "num_chunks": torch.tensor(self.shape.num_chunks),
             "next_slot": torch.tensor(self.next_slot),
             "positions": torch.from_numpy(self.positions)[filled],
             "documents": self.documents[:, slots].cpu(),
@@ -190,7 +192,8 @@ class MemoryBank:
         rings = (shape.num_kv_heads, shape.num_lanes, len(state["slots"]), shape.chunk_size, shape.head_dim)
         names = {f"{kind}.{index}" for kind in ("keys", "values") for index in range(shape.num_layers)}
         found = {name for name in state if "." in name}
-        if found != names or any(state[n].shape != rings or state[n].dtype != self.dtype for n in names):
+        fits = found == names and int(state["num_chunks"]) == shape.num_chunks
+        if not fits or any(state[n].shape != rings or state[n].dtype != self.dtype for n in names):
             raise ValueError(f"the stored memory does not fit a bank of {shape} in {self.dtype}")
         self.reset()
         slots = state["slots"].to(self.device)

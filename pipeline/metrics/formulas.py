@@ -83,7 +83,7 @@ def training_flops_per_token(
     """Operations of one trained token: the backbone forward, the SideNet forward and backward, the shared head.
 
     The SideNet's way back costs twice its way forward: once for the gradients of its inputs, once for those of its
-    weights. The head is frozen, so its way back is the inputs' part only; so is the backbone, whose way back is never gone.
+    weights. The head is frozen, so its way back is the inputs' part only. The backbone has no way back.
     Re-computation of activations and the memory's way back are not counted.
 
     Args:

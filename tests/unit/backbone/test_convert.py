@@ -31,7 +31,7 @@ LAYER_NAMES = {
 
 
 def byte_characters() -> list[str]:
-    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from 256."""
+    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others above."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]

@@ -1,0 +1,97 @@
+"""The fast LongMem over a tiny model, driven as training drives it, with the face of `tests.reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.memory.bank import MemoryBank
+from pipeline.memory.reader import AgeObserver, BankReader
+from pipeline.model.longmem import LongMem, build
+from tests.reference import ReferenceSideNet, Rules
+from tests.tiny_config import tiny_config
+from tests.tiny_models import VOCABULARY
+
+
+class TinyLongMem:
+    """A LongMem and its bank.
+
+    Args:
+        model: The causal LM.
+        lanes: `B`.
+        **overrides: Sections of `tiny_config`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, lanes: int = 2, **overrides: Mapping[str, Any]) -> None:
+        self.config = tiny_config(**overrides)
+        self.longmem = LongMem(self.config, *build(self.config, model))
+        self.bank: MemoryBank = self.longmem.bank(lanes)
+        self.reader: BankReader | None = None
+
+    def remember(self, tokens: Tensor, *, start: int, documents: Tensor | None = None) -> None:
+        """Encodes and appends a segment of every lane."""
+        documents = torch.zeros_like(tokens) if documents is None else documents
+        self.longmem.append(self.bank, self.longmem.encode(tokens, documents), start=start, documents=documents)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        start: int = 0,
+        documents: Tensor | None = None,
+        memory: bool = True,
+        observe_ages: AgeObserver | None = None,
+    ) -> Tensor:
+        """Input of the LM head `[B, T, E]`."""
+        documents = torch.zeros_like(tokens) if documents is None else documents
+        encoding = self.longmem.encode(tokens, documents)
+        reader = None
+        if memory:
+            reader = self.longmem.reader(self.bank, start=start, documents=documents, observe_ages=observe_ages)
+        return self.longmem.hidden(encoding, reader)
+
+    def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """Logits `[B, T, V]`."""
+        with torch.no_grad():
+            return self.longmem.logits(self.hidden(tokens, **kwargs))
+
+    def loss(self, tokens: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+        """Sum of the cross-entropies."""
+        return self.longmem.losses(self.hidden(tokens, **kwargs), targets).sum()
+
+    def set_gates(self, value: float) -> None:
+        """Gives every gate the same number."""
+        with torch.no_grad():
+            for fusion in self.longmem.sidenet.memory.values():
+                fusion.gate.fill_(value)  # type: ignore[operator,union-attr]
+
+    def reference(self, model: PreTrainedModel, boundaries: tuple[int, ...]) -> ReferenceSideNet:
+        """The slow one with the same settings, over blocks that the test works out by hand."""
+        side, memory = self.config.sidenet, self.config.memory
+        assert isinstance(side.memory_layers, tuple)
+        return ReferenceSideNet(
+            model,
+            boundaries,
+            memory_layers=side.memory_layers,
+            residual=side.residual,
+            fusion=side.fusion,
+            gate=side.gate_init,
+            rules=Rules(memory.tokens, memory.chunk_size, memory.top_k_tokens, memory.scope, memory.position),
+        )
+
+
+def tiny_tokens(shape: tuple[int, int], *, seed: int = 0) -> Tensor:
+    """Random tokens, int64."""
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bank_bytes(bank: MemoryBank) -> bytes:
+    """Everything that a bank holds."""
+    parts = [bank.positions.tobytes(), bank.documents.numpy().tobytes(), str(bank.next_slot).encode()]
+    for store in bank.layers:
+        parts += [t.contiguous().numpy().tobytes() for t in (store.keys, store.values, store.chunk_keys)]
+    return b"".join(parts)

@@ -1,0 +1,117 @@
+"""The same random past told to the fast bank and to the slow reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.reader import BankReader
+from pipeline.memory.search import search
+from pipeline.memory.view import Geometry, MemoryView, ReadSettings
+from pipeline.positions import PositionEncoding, PositionRule
+from tests.reference import Attention, Past, Read, Rules, read_memory
+
+HEADS, KV_HEADS, DIM = 4, 2, 6
+
+ATTENTIONS = {
+    "rotary": Attention(0.6, frequencies=[1.0, 0.2], rotary_factor=1.2),  # four of six dimensions are turned
+    "alibi": Attention(0.6, slopes=[0.4, 0.2, 0.1, 0.05]),
+    "learned": Attention(0.6),
+}
+
+
+def geometry_of(attention: Attention) -> Geometry:
+    """What the fast code is told of an attention."""
+    frequencies, slopes = attention.frequencies, attention.slopes
+    encoding = PositionEncoding(
+        None if frequencies is None else torch.tensor(frequencies),
+        attention.rotary_factor,
+        None if slopes is None else torch.tensor(slopes),
+    )
+    return Geometry(encoding, attention.scale)
+
+
+class World:
+    """A bank of one memory layer, and the reference's memory of everything it was given.
+
+    Args:
+        rules: How memory is read.
+        num_chunks: Chunks of a ring.
+        lanes: `B`.
+        attention: A name in ATTENTIONS.
+        dtype: Of the bank.
+        seed: Of keys, values and queries.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        num_chunks: int,
+        lanes: int = 2,
+        attention: str = "rotary",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.rules, self.lanes, self.attention = rules, lanes, ATTENTIONS[attention]
+        shape = BankShape(1, lanes, KV_HEADS, DIM, num_chunks, rules.chunk_size)
+        self.bank = MemoryBank(shape, dtype=dtype, device=torch.device("cpu"))
+        self.past = Past()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int) -> Tensor:
+        """Random numbers of this world."""
+        return torch.randn(shape, generator=self.generator)
+
+    def append(self, documents: Tensor, *, start: int) -> None:
+        """Appends a random segment of every lane to both."""
+        key, value = (self.randn(self.lanes, KV_HEADS, documents.shape[1], DIM) for _ in range(2))
+        self.bank.append([(key, value)], start=start, documents=documents)
+        self.past.add(key.to(self.bank.dtype), value.to(self.bank.dtype), start=start, documents=documents)
+
+    def settings(self, search: str = "torch", block: int = 3) -> ReadSettings:
+        """The rules in the fast code's words."""
+        rules = self.rules
+        return ReadSettings(
+            num_tokens=rules.tokens,
+            top_k_chunks=rules.top_k_tokens // rules.chunk_size,
+            scope=rules.scope,
+            rule=PositionRule.parse(rules.position),
+            search=search,
+            query_block_tokens=block,
+        )
+
+    def reader(self, documents: Tensor, *, start: int, search: str = "torch", block: int = 3) -> BankReader:
+        """The fast reader."""
+        geometry = geometry_of(self.attention)
+        return BankReader(self.bank, self.settings(search, block), [geometry], start=start, documents=documents)
+
+    def expected(self, query: Tensor, documents: Tensor, *, start: int) -> Read:
+        """What the reference reads."""
+        return read_memory(self.past, query, self.attention, self.rules, start=start, documents=documents)
+
+    def retrieved(
+        self, query: Tensor, documents: Tensor, *, start: int, search_by: str = "torch"
+    ) -> dict[tuple[int, int, int], list[tuple[int, int]]]:
+        """Chunks that the fast search finds: (lane, head, token) -> (lane, first position), best first."""
+        settings, geometry = self.settings(search_by), geometry_of(self.attention)
+        view = MemoryView(self.bank, 0, settings, geometry, start=start, documents=documents)
+        near = geometry.encoding.rotate(query, torch.arange(query.shape[2])) if len(view.near_slots) else None
+        far = view.rule.far_query(query, geometry.encoding)
+        got = search(view, view.queries(far, near, slice(0, query.shape[2])))
+        assert bool((got.scores[..., :-1] >= got.scores[..., 1:]).all()), "best first"
+        everyone = torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist()
+        if got.slots.shape[-1] == 0:
+            return {(lane, head, token): [] for lane, head, token in everyone}
+        sizes = {"num_lanes": query.shape[0], "num_tokens": query.shape[2]}
+        slots, valid = view.ungroup(got.slots, **sizes), view.ungroup(got.valid, **sizes)
+        chunks = self.bank.shape.num_chunks
+        found = {}
+        for lane, head, token in everyone:
+            kept = slots[lane, head, token][valid[lane, head, token]].tolist()
+            found[lane, head, token] = [
+                (slot // chunks if self.rules.scope == "group" else lane, int(self.bank.positions[slot % chunks]))
+                for slot in kept
+            ]
+        return found

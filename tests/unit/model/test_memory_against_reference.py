@@ -1,0 +1,192 @@
+"""Every family, position rule and fusion with memory: logits and gradients against the slow reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference import ReferenceSideNet
+from tests.tiny_longmem import TinyLongMem, tiny_tokens
+from tests.tiny_models import VARIANTS, tiny_model
+
+# fp32 against float64 over four random layers that magnify rounding; a wrong rule is off by more than 0.05.
+LOGITS_TOLERANCE = 1e-3
+# Of the norm of each parameter's gradient.
+GRADIENT_TOLERANCE = 1e-3
+
+SEGMENT = 12
+ALL = 80.0  # a gate that leaves nothing to the other side, however far apart the logits are
+RULES = ["none", "true", "fixed:9", "clamp:14"]  # 14 falls inside a chunk for most queries
+WITHOUT_WINDOW_OR_LEARNED_POSITIONS = [
+    "llama",
+    "llama-yarn",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "gpt_neox-serial",
+    "bloom",
+    "bloom-6-heads",
+]
+
+
+def make(
+    family: str, *, position: str, fusion: str, memory_layers: list[int], checkpointing: bool = False
+) -> tuple[TinyLongMem, ReferenceSideNet]:
+    """A `uniform` SideNet of two layers over four, which remembers 16 tokens and reads 8 of them."""
+    model = tiny_model(family)
+    fast = TinyLongMem(
+        model,
+        memory={"tokens": 16, "top_k_tokens": 8, "position": position},
+        sidenet={
+            "num_layers": 2,
+            "memory_layers": memory_layers,
+            "fusion": fusion,
+            "gate_init": -0.3,
+            "activation_checkpointing": checkpointing,
+        },
+        train={"segment_tokens": SEGMENT},
+    )
+    return fast, fast.reference(model, (0, 2, 4))
+
+
+def read_on(fast: TinyLongMem, slow: ReferenceSideNet | None) -> Tensor:
+    """Remembers three segments (more than there is room for) and gives the third, which is still to be predicted."""
+    tokens = tiny_tokens((2, 3 * SEGMENT))
+    for start in range(0, 3 * SEGMENT, SEGMENT):
+        segment = tokens[:, start : start + SEGMENT]
+        fast.remember(segment, start=start)
+        if slow is not None:
+            slow.remember(segment, start=start, documents=torch.zeros_like(segment))
+    return tokens[:, -SEGMENT:]
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("position", RULES)
+@pytest.mark.parametrize("fusion", ["gate", "joint"])
+def test_logits(family: str, position: str, fusion: str) -> None:
+    fast, slow = make(family, position=position, fusion=fusion, memory_layers=[2])
+    tokens = read_on(fast, slow)
+    found, expected = fast.logits(tokens, start=2 * SEGMENT), slow.logits(tokens, start=2 * SEGMENT).detach()
+    torch.testing.assert_close(found, expected.float(), atol=LOGITS_TOLERANCE, rtol=LOGITS_TOLERANCE)
+    assert (found - fast.logits(tokens, memory=False)).abs().max() > 0.05  # memory says something
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize(("position", "fusion"), [("clamp:14", "joint"), ("none", "gate")])
+def test_gradients(family: str, position: str, fusion: str) -> None:
+    """Both memory layers read, so that gradients go through the query of one layer into the layers below."""
+    fast, slow = make(family, position=position, fusion=fusion, memory_layers=[1, 2])
+    tokens = read_on(fast, slow)
+    targets = tiny_tokens((2, SEGMENT), seed=5)
+    targets[0, 2] = -100
+    loss = fast.loss(tokens, targets, start=2 * SEGMENT)
+    loss.backward()
+    expected = torch.nn.functional.cross_entropy(
+        slow.logits(tokens, start=2 * SEGMENT).transpose(1, 2), targets, reduction="sum"
+    )
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, atol=0, rtol=LOGITS_TOLERANCE)
+    side = fast.longmem.sidenet
+    pairs = [(fusion_.gate, slow.gates[int(n)]) for n, fusion_ in side.memory.items()]
+    for layer, module in slow.layers.items():
+        theirs = dict(module.named_parameters())
+        pairs += [(p, theirs[n]) for n, p in side.layers[layer - 1].named_parameters() if not n.startswith("memory")]
+    pairs += list(zip(side.norm.parameters(), slow.norm.parameters(), strict=True))
+    assert len(pairs) == len(slow.trained)
+    for found, wanted in pairs:
+        assert found.grad is not None
+        assert wanted.grad is not None
+        largest = wanted.grad.norm()
+        # A key's bias moves all logits of a query alike under `gate`, which a softmax does not see: only noise there.
+        assert (found.grad - wanted.grad).norm() <= GRADIENT_TOLERANCE * max(float(largest), 0.1)
+    assert all(parameter.grad is None for parameter in fast.longmem.backbone.parameters())
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("fusion", ["gate", "joint"])
+def test_activation_checkpointing_changes_no_gradient(family: str, fusion: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        fast, _ = make(family, position="clamp:14", fusion=fusion, memory_layers=[1, 2], checkpointing=checkpointing)
+        tokens = read_on(fast, None)
+        fast.loss(tokens, tokens.roll(-1, 1), start=2 * SEGMENT).backward()
+        gradients.append([parameter.grad for parameter in fast.longmem.sidenet.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert recomputed is not None
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("family", WITHOUT_WINDOW_OR_LEARNED_POSITIONS)
+@pytest.mark.parametrize("chunk_size", [1, 3, 4])
+def test_one_layer_that_reads_all_its_past_is_the_model_over_all_of_it(family: str, chunk_size: int) -> None:
+    """What a first layer stores depends on the token alone: with `joint` and `true`, memory is a longer window.
+
+    Nothing but Hugging Face's own logits is compared with here.
+    """
+    model, tokens = tiny_model(family, layers=1), tiny_tokens((2, 3 * SEGMENT))
+    fast = TinyLongMem(
+        model,
+        memory={"tokens": 24, "chunk_size": chunk_size, "top_k_tokens": 24, "position": "true"},
+        sidenet={"layout": "top", "memory_layers": [1], "fusion": "joint"},
+        train={"segment_tokens": SEGMENT},
+    )
+    with torch.no_grad():
+        expected = model(tokens).logits
+    for start in range(0, 3 * SEGMENT, SEGMENT):
+        segment = tokens[:, start : start + SEGMENT]
+        fast.remember(segment, start=start)
+        torch.testing.assert_close(
+            fast.logits(segment, start=start),
+            expected[:, start : start + SEGMENT],
+            atol=LOGITS_TOLERANCE,
+            rtol=LOGITS_TOLERANCE,
+        )
+
+
+def test_all_memory_within_a_clamp_is_read_at_its_true_distance() -> None:
+    found = {}
+    for position in ("true", "clamp:28", "clamp:20"):  # no token lies more than 27 back
+        fast, _ = make("llama", position=position, fusion="joint", memory_layers=[2])
+        tokens = read_on(fast, None)
+        found[position] = fast.logits(tokens, start=2 * SEGMENT)
+    assert torch.equal(found["true"], found["clamp:28"])
+    assert not torch.equal(found["true"], found["clamp:20"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_learned_positions_ignore_the_rule(family: str) -> None:
+    found = []
+    for position in RULES:
+        fast, _ = make(family, position=position, fusion="joint", memory_layers=[2])
+        found.append(fast.logits(read_on(fast, None), start=2 * SEGMENT))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("fusion", ["gate", "joint"])
+def test_the_gate_is_the_share_that_it_says(fusion: str) -> None:
+    """`gate`: sigmoid(g) is the weight of local attention. `joint`: a larger g gives memory more."""
+    fast, _ = make("llama", position="none", fusion=fusion, memory_layers=[2])
+    tokens = read_on(fast, None)
+    shares = {}
+    for gate in (-ALL, 0.0, ALL):
+        fast.set_gates(gate)
+        logits = fast.logits(tokens, start=2 * SEGMENT)
+        share = fast.longmem.sidenet.memory["2"].memory_share
+        assert share.shape == (4,)
+        shares[gate] = share
+        if gate == (ALL if fusion == "gate" else -ALL):
+            torch.testing.assert_close(logits, fast.logits(tokens, memory=False), atol=1e-5, rtol=0)
+    low, high = (shares[ALL], shares[-ALL]) if fusion == "gate" else (shares[-ALL], shares[ALL])
+    torch.testing.assert_close(low, torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(high, torch.ones(4), atol=1e-6, rtol=0)
+    if fusion == "gate":
+        torch.testing.assert_close(shares[0.0], torch.full((4,), 0.5), atol=1e-6, rtol=0)
+
+
+def test_without_visible_memory_the_share_is_zero() -> None:
+    fast, _ = make("llama", position="none", fusion="gate", memory_layers=[2])
+    fast.logits(tiny_tokens((2, SEGMENT)))
+    assert torch.equal(fast.longmem.sidenet.memory["2"].memory_share, torch.zeros(4))
