@@ -93,7 +93,13 @@ def config_for(row: Row, backbone: str, memory_tokens: int) -> Config:
 
 @torch.no_grad()
 def perplexity(
-    row: Row, backbone: Backbone, path: str, encodings: Sequence[Encoding], tokens: torch.Tensor, first: int, memory: int
+    row: Row,
+    backbone: Backbone,
+    path: str,
+    encodings: Sequence[Encoding],
+    tokens: torch.Tensor,
+    first: int,
+    memory: int,
 ) -> float:
     """Perplexity of the segments from `first` on; every segment is appended as it goes by."""
     config = config_for(row, path, memory)

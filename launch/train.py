@@ -15,34 +15,32 @@ from pipeline.config.schema import Config
 
 def main() -> None:
     """Parses, builds, runs."""
-    config = load_from_command_line(sys.argv[1:])
-    run(config)
+    run(load_from_command_line(sys.argv[1:]))
 
 
 def run(config: Config) -> None:
-    """Trains with a configuration.
+    """Trains with a configuration, and shows what came out.
 
     Args:
         config: The settings.
     """
     # Loaded after the settings are known to be right: these imports take seconds.
-    from eval.perplexity import evaluate
+    from eval.perplexity import check_evaluation, evaluate
     from pipeline.distributed.ranks import rank, world_size
     from pipeline.training.build import build_run
     from pipeline.training.loop import train
+    from pipeline.training.summary import summary
 
-    run = build_run(config)
-
-    def evaluation(model, store):
-        report = evaluate(model, store, config, rank=rank(), world_size=world_size(), progress=rank() == 0)
-        if rank() == 0:
-            print(report.table())
-        return report.to_dict()
-
-    step = train(run, evaluate=evaluation)
+    check_evaluation(config)
+    built = build_run(config)
+    train(
+        built,
+        evaluate=lambda model, store: evaluate(
+            model, store, config, rank=rank(), world_size=world_size(), progress=rank() == 0
+        ),
+    )
     if rank() == 0:
-        print(f"step {step} of {config.train.steps}; run folder: {run.folder}")
-        print(f"see it with: tensorboard --logdir {run.folder / 'tensorboard'}")
+        print(summary(built.folder), flush=True)
 
 
 if __name__ == "__main__":

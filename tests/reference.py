@@ -110,9 +110,7 @@ class Read:
     chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (lane, head, token) -> (lane, first position)
 
 
-def read_memory(
-    past: Past, q: Tensor, attention: Attention, rules: Rules, *, start: int, documents: Tensor
-) -> Read:
+def read_memory(past: Past, q: Tensor, attention: Attention, rules: Rules, *, start: int, documents: Tensor) -> Read:
     """Design section 3 and 4, word by word, for unrotated queries `[B, H, T, D]`."""
     num_lanes, num_heads, num_tokens, dim = q.shape
     if not past.keys:

@@ -141,6 +141,17 @@ class Backbone(nn.Module):
         """
         return position_encoding(self.family, self.decoder, layer - 1, num_heads=self.num_heads)
 
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
+
+        Args:
+            mode: Ignored.
+
+        Returns:
+            Itself.
+        """
+        return super().train(False)
+
     @torch.no_grad()
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Encoding:
         """Encodes one segment of each row.

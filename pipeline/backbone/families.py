@@ -149,7 +149,7 @@ def family_of(config: Any) -> Family:
     Raises:
         BackboneError: The model type is not in the table, or uses a variant that the table does not cover.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None))
     if model_type not in FAMILIES:
         raise BackboneError(
             "the backbone's model family is not supported",
@@ -217,9 +217,11 @@ def position_encoding(family: Family, decoder: nn.Module, layer: int, *, num_hea
     if family.positions == "alibi":
         return PositionEncoding(slopes=alibi_slopes(num_heads))
     rotary: Any = decoder.rotary_emb
+    # Gemma 3 has a set of frequencies for each kind of layer; other families one for all.
     layer_types = getattr(rotary.config, "layer_types", None)
-    prefix = f"{layer_types[layer]}_" if layer_types and hasattr(rotary, f"{layer_types[layer]}_inv_freq") else ""
-    kind = rotary.rope_type[layer_types[layer]] if prefix else rotary.rope_type
+    layer_type = layer_types[layer] if isinstance(rotary.rope_type, dict) and layer_types else ""
+    prefix = f"{layer_type}_" if layer_type else ""
+    kind = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
     if kind in ("dynamic", "longrope"):
         raise BackboneError(
             "the backbone's rotary frequencies depend on the length of the input",

@@ -43,9 +43,5 @@ def document_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None) 
         `[B, 1, T, T]`: 0 where visible, the lowest finite number elsewhere.
     """
     length = documents.shape[1]
-    visible = visible_in_segment(
-        slice(0, length), length, documents=documents, window=window, device=documents.device
-    )
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-        ~visible, torch.finfo(dtype).min
-    )
+    visible = visible_in_segment(slice(0, length), length, documents=documents, window=window, device=documents.device)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

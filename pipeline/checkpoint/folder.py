@@ -1,8 +1,8 @@
 """Checkpoint folders that are whole or absent: written aside, vouched for by a manifest, then renamed.
 
-    checkpoints/step_00000040/manifest.json      format, step, world, every file with size and SHA-256; written last
-                             /<owner>/...        one folder for each owner of state
-    checkpoints/latest                           name of the newest whole checkpoint
+checkpoints/step_00000040/manifest.json      format, step, world, every file with size and SHA-256; written last
+                         /<owner>/...        one folder for each owner of state
+checkpoints/latest                           name of the newest whole checkpoint
 """
 
 from __future__ import annotations

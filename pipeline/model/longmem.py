@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
@@ -238,7 +239,7 @@ class LongMem:
         return getattr(self.backbone.model.config, "final_logit_softcapping", None)
 
 
-def build(config: Config, model: nn.Module, **kwargs: Any) -> tuple[Backbone, SideNet]:
+def build(config: Config, model: PreTrainedModel, **kwargs: Any) -> tuple[Backbone, SideNet]:
     """Builds the backbone wrapper and the SideNet over a loaded causal LM.
 
     Collective: with a partitioned model every rank must call it together.
@@ -255,10 +256,10 @@ def build(config: Config, model: nn.Module, **kwargs: Any) -> tuple[Backbone, Si
         ConfigError: A layer index is out of range.
         BackboneError: The family is unknown or the variant is not supported.
     """
-    num_layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    num_layers = int(model.config.num_hidden_layers)
     layout = layout_of(config, num_layers)
     backbone = Backbone(
-        model,  # type: ignore[arg-type]
+        model,
         taps=(*layout.taps, num_layers),
         calls=layout.source_layers,
         memory_layers=layout.memory_sources,

@@ -67,7 +67,7 @@ class Layout:
         if problems:
             raise ConfigError(problems)
         if layout == "top":
-            boundaries = range(num_backbone_layers - count, num_backbone_layers + 1)
+            boundaries = list(range(num_backbone_layers - count, num_backbone_layers + 1))
         else:
             boundaries = [round(block * num_backbone_layers / count) for block in range(count + 1)]
         return cls(tuple(boundaries), tuple(sorted(chosen)), residual)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,11 @@ class SideNet(nn.Module):
             )
         self.train(False)
 
+    @property
+    def fusions(self) -> dict[int, MemoryFusion]:
+        """The memory layers, by their number among the SideNet's layers, counted from 1."""
+        return {int(name): cast(MemoryFusion, fusion) for name, fusion in self.memory.items()}
+
     def train(self, mode: bool = True) -> SideNet:
         """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
 
@@ -121,10 +127,10 @@ class SideNet(nn.Module):
     @contextmanager
     def _reading(self, layer: int, reader: MemoryReader | None, documents: Tensor | None) -> Iterator[None]:
         """Lends the reader to a memory layer for one call; also when the call is repeated in the backward pass."""
-        if str(layer) not in self.memory:
+        fusion = self.fusions.get(layer)
+        if fusion is None:
             yield
             return
-        fusion = self.memory[str(layer)]
         fusion.reader, fusion.documents = reader, documents
         try:
             yield

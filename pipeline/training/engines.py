@@ -42,7 +42,13 @@ def start_distributed(*, timeout_s: int) -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(alone)
     deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
     accelerator = get_accelerator()
@@ -161,9 +167,7 @@ class Engines:
         Returns:
             The backbone's engine and the SideNet's.
         """
-        backbone_engine, *_ = deepspeed.initialize(
-            model=backbone, config=self._backbone_json, dist_init_required=False
-        )
+        backbone_engine, *_ = deepspeed.initialize(model=backbone, config=self._backbone_json, dist_init_required=False)
         sidenet_engine, *_ = deepspeed.initialize(
             model=sidenet,
             optimizer=build_optimizer(sidenet, self._config.train),

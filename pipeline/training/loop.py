@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.data.store import TokenStore
 from pipeline.distributed.ranks import on_rank_zero, rank
@@ -14,9 +14,20 @@ from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
+from pipeline.training.summary import EVALUATION_NAME
 
 logger = logging.getLogger(__name__)
-Evaluate = Callable[[LongMem, TokenStore], dict[str, Any]]
+
+
+class Report(Protocol):
+    """What an evaluation returns."""
+
+    def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def table(self) -> str: ...  # noqa: D102
+
+
+Evaluate = Callable[[LongMem, TokenStore], Report]
 
 
 def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
@@ -26,7 +37,7 @@ def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
 
     Args:
         run: The run.
-        evaluate: Evaluates held-out documents and returns plain JSON; called on every rank together.
+        evaluate: Evaluates held-out documents; called on every rank together.
 
     Returns:
         Optimizer steps done in all.
@@ -57,9 +68,14 @@ def _due(step: int, every: int) -> bool:
 
 
 def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:
-    """Writes `evaluation.json`: the step, and what the evaluation said."""
+    """Writes what the evaluation said, as JSON and as a table."""
     if evaluate is None or run.stores.validation is None:
         return
-    found = {"step": step, **evaluate(run.model, run.stores.validation)}
-    path = run.folder / "evaluation.json"
-    on_rank_zero(lambda: write_text(path, json.dumps(found, indent=1) + "\n"))
+    report = evaluate(run.model, run.stores.validation)
+
+    def write() -> None:
+        found = {"step": step, **report.to_dict()}
+        write_text(run.folder / f"{EVALUATION_NAME}.json", json.dumps(found, indent=1) + "\n")
+        write_text(run.folder / f"{EVALUATION_NAME}.txt", report.table() + "\n")
+
+    on_rank_zero(write)

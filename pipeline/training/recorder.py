@@ -81,13 +81,14 @@ class Recorder:
 
     def _gates(self) -> torch.Tensor:
         """Weight of the local part for fusion `gate`, bias of memory for `joint`: float32 `[memory layers, H]`."""
-        gates = torch.stack([fusion.gate.detach().float().cpu() for fusion in self.model.sidenet.memory.values()])
+        gates = torch.stack([fusion.gate.detach().float().cpu() for fusion in self.model.sidenet.fusions.values()])
         return torch.sigmoid(gates) if self.config.sidenet.fusion == "gate" else gates
 
     def _memory_shares(self) -> torch.Tensor | None:
         """Mean weight of memory at the last read, `[memory layers, H]`."""
-        shares = [fusion.memory_share for fusion in self.model.sidenet.memory.values()]
-        return None if any(share is None for share in shares) else torch.stack(shares).float().cpu()
+        shares = [fusion.memory_share for fusion in self.model.sidenet.fusions.values()]
+        read = [share for share in shares if share is not None]
+        return torch.stack(read).float().cpu() if len(read) == len(shares) else None
 
     def _histograms(self, step: int, shares: torch.Tensor | None) -> None:
         for layer, ages in self._ages.items():

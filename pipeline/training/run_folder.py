@@ -1,11 +1,11 @@
 """The run folder: who may write into it, and what it says of the run.
 
-    RUN/config.yaml        the resolved configuration
-        versions.json      Python, packages, git commit
-        metrics.jsonl      one object an optimizer step
-        tensorboard/       the same, and histograms
-        checkpoints/       see pipeline/checkpoint/folder.py
-        evaluation.json    the held-out evaluation at the end
+RUN/config.yaml        the resolved configuration
+    versions.json      Python, packages, git commit
+    metrics.jsonl      one object an optimizer step
+    tensorboard/       the same, and histograms
+    checkpoints/       see pipeline/checkpoint/folder.py
+    evaluation.json    the held-out evaluation, and evaluation.txt, its table
 """
 
 from __future__ import annotations

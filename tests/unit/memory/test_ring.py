@@ -71,7 +71,9 @@ def test_exactly_the_last_tokens_before_the_segment_are_visible(
 ) -> None:
     chunk_size, remembered, spare, events = history
     everything = 1000 * chunk_size
-    rules = Rules(remembered * chunk_size, chunk_size, everything, scope, data.draw(st.sampled_from(["none", "clamp:6"])))
+    rules = Rules(
+        remembered * chunk_size, chunk_size, everything, scope, data.draw(st.sampled_from(["none", "clamp:6"]))
+    )
     world = World(rules, num_chunks=remembered + spare)
     start, document = 0, torch.zeros(2, dtype=torch.int64)
     for event in events:

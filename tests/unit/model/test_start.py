@@ -51,11 +51,10 @@ def test_eager_attention_too(family: str) -> None:
 
 @pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize(
-    ("layout", "num_layers", "boundaries"), [("uniform", 2, (0, 2, 4)), ("top", 3, (1, 2, 3, 4)), ("uniform", 1, (0, 4))]
+    ("layout", "num_layers", "boundaries"),
+    [("uniform", 2, (0, 2, 4)), ("top", 3, (1, 2, 3, 4)), ("uniform", 1, (0, 4))],
 )
-def test_paper_form_is_its_formula(
-    family: str, layout: str, num_layers: int, boundaries: tuple[int, ...]
-) -> None:
+def test_paper_form_is_its_formula(family: str, layout: str, num_layers: int, boundaries: tuple[int, ...]) -> None:
     model, tokens = tiny_model(family), tiny_tokens((2, 16))
     side = TinyLongMem(model, sidenet={"layout": layout, "num_layers": num_layers, "residual": "paper"})
     expected = ReferenceSideNet(model, boundaries, residual="paper").logits(tokens).detach()
