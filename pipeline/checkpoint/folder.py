@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
+
 from pipeline.distributed.ranks import barrier, gather, on_rank_zero, rank, together, world_size
 from pipeline.errors import CheckpointError
 
@@ -79,8 +81,16 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         work = self.folder / f"writing_{step:08d}"
         on_rank_zero(lambda: self._begin(work, [owner.name for owner in owners]))
-        for owner in owners:
-            owner.save(work / owner.name)
+        try:
+            for owner in owners:
+                owner.save(work / owner.name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Some owners save with collectives, so the others cannot be told: they end when this rank has left the job.
+            raise CheckpointError(
+                f"rank {rank()} could not write the checkpoint of step {step}; older ones are untouched",
+                got=f"{type(error).__name__}: {error}",
+                do=f"see to {self.folder}, then start again to go on from the newest checkpoint",
+            ) from error
         barrier()
         files = _hash_together(work)
         manifest = {"format": FORMAT, "step": step, "world_size": world_size(), "identity": self.identity}
@@ -141,7 +151,7 @@ class Checkpoints:
                 expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
                 do="start with the settings, backbone and number of ranks that it was saved with",
             )
-        sized = (_wrong_size(checkpoint / name, entry) for name, entry in sorted(manifest["files"].items()))
+        sized = (_wrong_size(checkpoint, name, entry) for name, entry in sorted(manifest["files"].items()))
         _raise_damage(checkpoint, [problem for problem in sized if problem is not None])
         return manifest
 
@@ -149,8 +159,9 @@ class Checkpoints:
         """Makes the folders to write to; what an interrupted save left behind goes."""
         for left_over in self.folder.glob("writing_*"):
             shutil.rmtree(left_over)
+        work.mkdir(parents=True)
         for name in names:
-            (work / name).mkdir(parents=True)
+            (work / name).mkdir()
 
     def _publish(self, work: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
@@ -181,7 +192,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        known = manifest["format"] == FORMAT and all(n in manifest for n in ("step", "world_size", "identity", "files"))
+        known = manifest["format"] == FORMAT
+        if known:  # an entry that lacks or is something else is caught below
+            int(manifest["step"]), int(manifest["world_size"]), dict(manifest["identity"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint} is not a whole checkpoint",
@@ -223,7 +236,7 @@ def _damaged(folder: Path, files: Mapping[str, Any]) -> list[str]:
     """What is wrong with this rank's share of the files that a manifest lists."""
     problems = []
     for name in _share(sorted(files)):
-        wrong = _wrong_size(folder / name, files[name])
+        wrong = _wrong_size(folder, name, files[name])
         if wrong is None and _digest(folder / name)["sha256"] != files[name]["sha256"]:
             wrong = f"{name} has another hash"
         if wrong is not None:
@@ -231,12 +244,12 @@ def _damaged(folder: Path, files: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _wrong_size(path: Path, entry: Mapping[str, Any]) -> str | None:
+def _wrong_size(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
     """What is wrong with a file without reading it."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    size = path.stat().st_size
-    return None if size == entry["size"] else f"{path.name} has {size} bytes instead of {entry['size']}"
+    if not (folder / name).is_file():
+        return f"{name} is missing"
+    size = (folder / name).stat().st_size
+    return None if size == entry["size"] else f"{name} has {size} bytes instead of {entry['size']}"
 
 
 def _raise_damage(checkpoint: Path, problems: Sequence[str]) -> None:

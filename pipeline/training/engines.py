@@ -1,4 +1,4 @@
-"""The two DeepSpeed engines of one process: the backbone in ZeRO-3 partitions without optimizer, the SideNet in ZeRO-2."""
+"""The two engines of a process: the backbone in ZeRO-3 partitions without optimizer, the SideNet in ZeRO-2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_R
 
 
 def start_distributed(*, timeout_s: int) -> torch.device:
-    """Joins the job that a launcher started (deepspeed, torchrun, srun with the usual variables, mpirun); or starts one of one rank.
+    """Joins the job that a launcher started (deepspeed, torchrun, srun, mpirun), or starts one of one rank.
 
     Args:
         timeout_s: Seconds after which a collective that does not end ends the job.

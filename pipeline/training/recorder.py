@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -13,6 +16,8 @@ from pipeline.metrics.formulas import tokens_per_second
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.step import StepResult, ages_recorder
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -57,6 +62,8 @@ class Recorder:
         """
         if rank() != 0:
             return
+        if not math.isfinite(result.grad_norm):
+            logger.warning("step %d: the gradients are not finite; DeepSpeed has left the weights as they were", step)
         shares = self._memory_shares()
         values = {
             "loss": result.loss,

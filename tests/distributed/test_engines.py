@@ -35,6 +35,8 @@ def two_engines(config: Config) -> dict[str, Any]:
     run = build_run(config)
     assert run.bank is not None
     model, tokens = run.model, probe()
+    backbone_engine: Any = model._encode
+    backbone: list[Any] = list(model.backbone.parameters())
     documents = torch.zeros_like(tokens)
 
     def logits(*, with_backbone_only: bool) -> torch.Tensor:
@@ -50,11 +52,11 @@ def two_engines(config: Config) -> dict[str, Any]:
         "logits": logits(with_backbone_only=False),
         "backbone_before": logits(with_backbone_only=True),
         "held": partitioned_bytes(model.backbone),
-        "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in model.backbone.parameters()),
-        "resting": sum(parameter.numel() for parameter in model.backbone.parameters()),
+        "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in backbone),
+        "resting": sum(parameter.numel() for parameter in backbone),
         "identity_before": identity(model.backbone.model, gather=gather_partitions),
         "weights_before": weights(),
-        "optimizer_of_backbone": isinstance(model._encode.optimizer, DeepSpeedZeroOptimizer_Stage3),
+        "optimizer_of_backbone": isinstance(backbone_engine.optimizer, DeepSpeedZeroOptimizer_Stage3),
         "optimizer_numbers": sum(p.numel() for g in run.trainer.engine.optimizer.param_groups for p in g["params"]),
     }
     remembered = []
@@ -95,9 +97,7 @@ def ranks(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> list[d
     shipped = json.loads(Path("ds_configs/backbone_zero3_inference.json").read_text())
     shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (folder / "zero3.json").write_text(json.dumps(shipped))
-    config = tiny_run.config(
-        folder / "run", backbone={"deepspeed": str(folder / "zero3.json")}, train={"steps": STEPS}
-    )
+    config = tiny_run.config(folder / "run", backbone={"deepspeed": str(folder / "zero3.json")}, train={"steps": STEPS})
     return run_ranks(two_engines, 2, config, init_process_group=False)
 
 

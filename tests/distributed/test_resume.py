@@ -40,7 +40,7 @@ def train_and_die(config: Config, *, in_step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     save: Callable[[Any, Path], None] = EngineOwner.save
-    EngineOwner.save = save_and_die  # type: ignore[method-assign]
+    EngineOwner.save = save_and_die  # type: ignore[method-assign,assignment]
     train(build_run(config))
 
 

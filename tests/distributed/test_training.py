@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from tests.tiny_run import TinyRun
 TOLERANCE = 1e-5  # float32, summed in another order
 STEPS = 5  # memory is full after two
 BROKEN_STEP = 3
+RECORDED = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds", "memory_fill", "gate_mean"}
+PHASES = ("backbone", "append", "retrieve_and_read", "sidenet", "loss", "backward", "optimizer", "data")
 
 OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "base": {},
@@ -85,8 +90,35 @@ def with_gradients(config: Config) -> dict[str, Any]:
     return {"metrics": metrics, "gradients": gradients, "weights": weights}
 
 
-def on_one_rank(configs: Mapping[str, Config], with_gradients_of: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {"gradients": with_gradients(with_gradients_of)}
+def spoil_a_gradient(config: Config) -> dict[str, Any]:
+    """One gradient of a step is infinite though the loss is not."""
+    warnings: list[str] = []
+    weights: list[torch.Tensor] = []
+
+    def spoil(run: Any) -> None:
+        step, weight = run.trainer.step, run.model.sidenet.norm.weight
+
+        def spoiled_step(number: int, **kwargs: Any) -> Any:
+            hook = weight.register_hook(lambda gradient: gradient * (math.inf if number == BROKEN_STEP else 1.0))
+            result = step(number, **kwargs)
+            hook.remove()
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in run.model.sidenet.parameters()]))
+            return result
+
+        run.trainer.step = spoiled_step
+
+    def keep_warning(record: logging.LogRecord) -> bool:
+        warnings.append(record.getMessage())
+        return True
+
+    logging.getLogger("pipeline.training.recorder").addFilter(keep_warning)
+    _, metrics, _ = train_one(config, evaluated=False, prepare=spoil)
+    moved = [not torch.equal(before, after) for before, after in pairwise(weights)]
+    return {"metrics": metrics, "warnings": warnings, "moved": moved}
+
+
+def on_one_rank(configs: Mapping[str, Config], with_gradients_of: Config, spoiled: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"gradients": with_gradients(with_gradients_of), "spoiled": spoil_a_gradient(spoiled)}
     for name, config in configs.items():
         run, metrics, evaluations = train_one(config)
         report = json.loads((run.folder / "evaluation.json").read_text())
@@ -112,17 +144,15 @@ def break_on_rank_one(config: Config) -> dict[str, Any]:
         step, norm = run.trainer.step, run.model.sidenet.norm
 
         def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            handle.remove()
+            kept["hook"].remove()
             return output * float("nan") if rank() == 1 else output
 
         def broken_step(number: int, **kwargs: Any) -> Any:
-            nonlocal handle
             if number == BROKEN_STEP:
                 kept["before"] = state(run)
-                handle = norm.register_forward_hook(spoil)
+                kept["hook"] = norm.register_forward_hook(spoil)
             return step(number, **kwargs)
 
-        handle: Any = None
         kept["run"] = run
         run.trainer.step = broken_step
 
@@ -148,11 +178,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(tiny_run: TinyRun, folder: Path) -> dict[str, Any]:
     configs = {}
     for name, overrides in OPTIONS.items():
-        sections = {section: dict(keys) for section, keys in overrides.items()}
+        sections: dict[str, Any] = {section: dict(keys) for section, keys in overrides.items()}
         sections["train"] = {"steps": STEPS, **sections.get("train", {})}
         configs[name] = tiny_run.config(folder / name, checkpoint={"every_steps": 0}, **sections)
-    plain = tiny_run.config(folder / "one", train={"steps": STEPS})
-    return run_ranks(on_one_rank, 1, configs, plain, init_process_group=False)[0]
+    plain = [tiny_run.config(folder / name, train={"steps": STEPS}) for name in ("one", "spoiled")]
+    return run_ranks(on_one_rank, 1, configs, *plain, init_process_group=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +280,9 @@ def test_two_ranks_compute_what_one_computes(one, two):
 
 def test_what_a_step_records(one):
     records = one["base"]["metrics"]
-    wanted = "step loss learning_rate grad_norm tokens tokens_per_second seconds memory_fill gate_mean".split()
-    phases = "backbone append retrieve_and_read sidenet loss backward optimizer data".split()
     for number, record in enumerate(records, start=1):
         assert record["step"] == number and record["tokens"] == 2 * 4 * 16
-        assert set(wanted) | {f"phase_{name}_s" for name in phases} <= record.keys()
+        assert RECORDED | {f"phase_{name}_s" for name in PHASES} <= record.keys()
         seconds = sum(value for key, value in record.items() if key.startswith("phase_"))
         assert 0.5 * record["seconds"] < seconds <= record["seconds"]
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
@@ -308,3 +336,10 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(two):
         assert "not finite on rank(s) [1]" in broken["message"] and "do: resume from" in broken["message"]
         assert ("got: nan on this rank" in broken["message"]) == (number == 1)
         assert broken["same"] and broken["steps"] == BROKEN_STEP - 1
+
+
+def test_gradients_that_are_not_finite_leave_the_weights_and_are_told(one):
+    found = one["spoiled"]
+    assert found["moved"] == [True, False, True, True]  # after steps 2 to 5
+    assert of(found["metrics"], "grad_norm")[BROKEN_STEP - 1] is None
+    assert found["warnings"] == ["step 3: the gradients are not finite; DeepSpeed has left the weights as they were"]

@@ -1,0 +1,91 @@
+"""Owners of state: what is saved comes back, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.data.lanes import Lanes
+from pipeline.errors import CheckpointError, DataError
+from pipeline.memory.bank import BankShape, MemoryBank
+from tests.tiny_longmem import bank_bytes
+
+SHAPE = BankShape(num_layers=2, num_lanes=2, num_kv_heads=2, head_dim=4, num_chunks=5, chunk_size=2)
+
+
+def filled_bank(num_segments=4):
+    bank, generator = MemoryBank(SHAPE, dtype=torch.bfloat16, device=torch.device("cpu")), torch.Generator()
+    for segment in range(num_segments):  # 4 chunks of 5: the ring goes round
+        memory = [tuple(torch.randn(2, 2, 4, 4, generator=generator) for _ in range(2)) for _ in range(2)]
+        bank.append(memory, start=4 * segment, documents=torch.full((2, 4), segment))  # type: ignore[arg-type]
+    return bank
+
+
+@pytest.mark.parametrize("num_segments", [0, 1, 4])
+def test_memory_comes_back_bit_for_bit(tmp_path, num_segments):
+    bank, other = filled_bank(num_segments), filled_bank(2)
+    MemoryOwner(bank).save(tmp_path)
+    MemoryOwner(other).load(tmp_path)
+    left, right = bank.state_dict(), other.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    more = [(torch.ones(2, 2, 4, 4), torch.ones(2, 2, 4, 4))] * 2
+    for each in (bank, other):
+        each.append(more, start=16, documents=torch.full((2, 4), 9))
+    if num_segments == 4:  # nothing that is empty in one bank holds old numbers in the other
+        assert bank_bytes(in_float32(bank)) == bank_bytes(in_float32(other))
+
+
+def in_float32(bank):
+    copy = MemoryBank(SHAPE, dtype=torch.float32, device=torch.device("cpu"))
+    copy.load_state_dict(
+        {name: tensor.float() if "." in name else tensor for name, tensor in bank.state_dict().items()}
+    )
+    return copy
+
+
+def test_memory_of_another_shape_is_refused(tmp_path):
+    MemoryOwner(filled_bank()).save(tmp_path)
+    other = MemoryBank(SHAPE, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="stored memory does not fit a bank .*do: resume with the memory"):
+        MemoryOwner(other).load(tmp_path)
+
+
+class Documents:
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = np.array(lengths, dtype=np.int64)
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return (100 * document + np.arange(self.lengths[document]))[start:stop]
+
+
+def lanes(*lengths):
+    return Lanes(Documents(*lengths), num_lanes=2, lanes=(0, 1), segment_tokens=4, seed=0)
+
+
+def test_lanes_go_on_where_they_stood(tmp_path):
+    one, two = lanes(7, 9, 5), lanes(7, 9, 5)
+    for _ in range(5):
+        one.next_segment()
+    LanesOwner(one).save(tmp_path)
+    LanesOwner(two).load(tmp_path)
+    for _ in range(5):
+        left, right = one.next_segment(), two.next_segment()
+        assert left.start == right.start and (left.tokens == right.tokens).all()
+    with pytest.raises(DataError, match="comes from other data or settings"):
+        LanesOwner(lanes(7, 9, 6)).load(tmp_path)
+
+
+def test_random_numbers_go_on(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+
+    draw()
+    RandomOwner().save(tmp_path)
+    expected = draw()
+    assert draw() != expected
+    RandomOwner().load(tmp_path)
+    assert draw() == expected

@@ -1,0 +1,68 @@
+"""What is checked before any weight is loaded: settings against data and backbone."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from pipeline.errors import BackboneError, ConfigError, DataError
+from pipeline.training.build import check_inputs, find_checkpoint
+from pipeline.training.engines import check_precision, read_backbone_config
+from tests.tiny_run import TRAIN_TOKENS, save_store
+
+
+def test_a_good_run_gets_both_splits(tiny_run, tmp_path):
+    stores = check_inputs(tiny_run.config(tmp_path))
+    assert stores.train.num_documents == len(TRAIN_TOKENS)
+    assert stores.validation is not None and stores.validation.num_documents == 4
+
+
+def test_without_validation_there_is_a_warning(tiny_run, tmp_path, caplog):
+    data = save_store(tmp_path / "data", {"train": TRAIN_TOKENS}, tokenizer_from=tiny_run.backbone)
+    with caplog.at_level(logging.WARNING):
+        assert check_inputs(tiny_run.config(tmp_path, data={"path": str(data)})).validation is None
+    assert "has no validation split: there will be no held-out evaluation" in caplog.text
+
+
+def test_held_out_documents_must_be_long_enough(tiny_run, tmp_path):
+    with pytest.raises(DataError, match=r"long enough to be evaluated; got: .* 101 tokens; expected: 112 tokens; do"):
+        check_inputs(tiny_run.config(tmp_path, evaluation={"context_tokens": 80}))
+
+
+def test_more_lanes_than_documents_are_refused(tiny_run, tmp_path):
+    with pytest.raises(DataError, match="more lanes than documents .*do: lower data.lanes to at most 7"):
+        check_inputs(tiny_run.config(tmp_path, data={"lanes": 8}))
+
+
+def test_a_layer_that_is_not_there_is_refused(tiny_run, tmp_path):
+    config = tiny_run.config(tmp_path, profile="paper", sidenet={"memory_layers": [3]})
+    with pytest.raises(
+        ConfigError, match=r"sidenet.memory_layers is \[3\]; expected different SideNet layers from 1 to 2"
+    ):
+        check_inputs(config)
+
+
+@pytest.mark.parametrize("text", [None, "{}", '{"model_type": "nonsense"}', "{"])
+def test_a_folder_that_is_no_model_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        BackboneError, match="the backbone cannot be loaded; got: backbone.path .*; do: set backbone.path"
+    ):
+        read_backbone_config(str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this accelerator computes in fp16")
+def test_fp16_is_refused_where_there_is_none(tiny_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"fp16, which this accelerator \(cpu\) does not .*expected: one of fp32"):
+        check_precision(tiny_run.config(tmp_path, train={"precision": "fp16"}))
+    check_precision(tiny_run.config(tmp_path))
+
+
+def test_without_checkpoint_or_with_none_a_run_starts_anew(tiny_run, tmp_path):
+    assert find_checkpoint(tiny_run.config(tmp_path), tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000001")
+    assert find_checkpoint(tiny_run.config(tmp_path, run={"resume": "none"}), tmp_path) is None
