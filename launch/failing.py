@@ -15,16 +15,17 @@ from pipeline.errors import LongMemError
 def explained() -> Iterator[None]:
     """Prints a LongMemError without traceback and exits with 1; leaves at once on other errors.
 
-    Every rank prints, but for errors in files and settings that all ranks find alike: those rank 0 prints.
+    One rank of each machine prints what is wrong with files and settings, which its other ranks find alike; a rank
+    that the words name prints, too.
 
     Yields:
         Nothing.
     """
-    rank = os.environ.get("RANK", "0")
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     try:
         yield
     except LongMemError as error:
-        if rank == "0" or f"rank {rank}" in str(error):
+        if local_rank == "0" or f"rank {rank}" in str(error):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except Exception:

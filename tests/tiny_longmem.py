@@ -67,7 +67,7 @@ class TinyLongMem:
         """Gives every gate the same number."""
         with torch.no_grad():
             for fusion in self.longmem.sidenet.memory.values():
-                fusion.gate.fill_(value)  # type: ignore[operator,union-attr]
+                fusion.gate.fill_(value)  # type: ignore[operator]
 
     def reference(self, model: PreTrainedModel, boundaries: tuple[int, ...]) -> ReferenceSideNet:
         """The slow one with the same settings, over blocks that the test works out by hand."""

@@ -78,7 +78,7 @@ class Checkpoints:
         """
         final = self.folder / f"step_{step:08d}"
         work = self.folder / f"writing_{step:08d}"
-        on_rank_zero(lambda: _make_empty(work, [owner.name for owner in owners]))
+        on_rank_zero(lambda: self._begin(work, [owner.name for owner in owners]))
         for owner in owners:
             owner.save(work / owner.name)
         barrier()
@@ -107,19 +107,25 @@ class Checkpoints:
         Raises:
             CheckpointError: It is incomplete or corrupt, or belongs to another run or world size.
         """
-        manifest = together(lambda: self._check(checkpoint))
-        problems = [problem for part in gather(_damaged(checkpoint, manifest["files"])) for problem in part]
-        if problems:
-            raise CheckpointError(
-                f"the checkpoint {checkpoint} is corrupt",
-                got="; ".join(sorted(problems)),
-                do="resume from another one with --run.resume DIR, or start anew in another --run.output_dir",
-            )
+        manifest = together(lambda: self.check(checkpoint))
+        found = gather(_damaged(checkpoint, manifest["files"]))
+        _raise_damage(checkpoint, [problem for part in found for problem in part])
         for owner in owners:
             owner.load(checkpoint / owner.name)
         return int(manifest["step"])
 
-    def _check(self, checkpoint: Path) -> dict[str, Any]:
+    def check(self, checkpoint: Path) -> dict[str, Any]:
+        """Checks what can be seen without reading a checkpoint's files: manifest, run, world size, sizes.
+
+        Args:
+            checkpoint: The checkpoint's folder.
+
+        Returns:
+            Its manifest.
+
+        Raises:
+            CheckpointError: It is incomplete, or belongs to another run or world size.
+        """
         manifest = read_manifest(checkpoint)
         other = {
             name: (manifest["identity"].get(name), value)
@@ -135,7 +141,16 @@ class Checkpoints:
                 expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
                 do="start with the settings, backbone and number of ranks that it was saved with",
             )
+        sized = (_wrong_size(checkpoint / name, entry) for name, entry in sorted(manifest["files"].items()))
+        _raise_damage(checkpoint, [problem for problem in sized if problem is not None])
         return manifest
+
+    def _begin(self, work: Path, names: Sequence[str]) -> None:
+        """Makes the folders to write to; what an interrupted save left behind goes."""
+        for left_over in self.folder.glob("writing_*"):
+            shutil.rmtree(left_over)
+        for name in names:
+            (work / name).mkdir(parents=True)
 
     def _publish(self, work: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
@@ -145,8 +160,9 @@ class Checkpoints:
         pointer = self.folder / f"{LATEST}.writing"
         _write_durably(pointer, final.name)
         os.replace(pointer, self.folder / LATEST)
-        whole = sorted(path for path in self.folder.glob("step_*") if path.is_dir())
-        for old in whole[: -self.keep]:
+        # Later ones are left from before the run went back to an older checkpoint; they count once they are passed.
+        done = sorted(path for path in self.folder.glob("step_*") if path.is_dir() and path.name <= final.name)
+        for old in done[: -self.keep]:
             shutil.rmtree(old)
 
 
@@ -183,12 +199,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _make_empty(folder: Path, names: Sequence[str]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in names:
-        (folder / name).mkdir(parents=True)
-
-
 def _digest(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -213,14 +223,29 @@ def _damaged(folder: Path, files: Mapping[str, Any]) -> list[str]:
     """What is wrong with this rank's share of the files that a manifest lists."""
     problems = []
     for name in _share(sorted(files)):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != files[name]["size"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {files[name]['size']}")
-        elif _digest(path)["sha256"] != files[name]["sha256"]:
-            problems.append(f"{name} has another hash")
+        wrong = _wrong_size(folder / name, files[name])
+        if wrong is None and _digest(folder / name)["sha256"] != files[name]["sha256"]:
+            wrong = f"{name} has another hash"
+        if wrong is not None:
+            problems.append(wrong)
     return problems
+
+
+def _wrong_size(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file without reading it."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    return None if size == entry["size"] else f"{path.name} has {size} bytes instead of {entry['size']}"
+
+
+def _raise_damage(checkpoint: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} is corrupt",
+            got="; ".join(sorted(problems)),
+            do="resume from another one with --run.resume DIR, or start anew in another --run.output_dir",
+        )
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -15,16 +15,16 @@ from deepspeed.accelerator import get_accelerator
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
-from pipeline.checkpoint.folder import Checkpoints, StateOwner, read_manifest
+from pipeline.checkpoint.folder import Checkpoints, StateOwner
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
+from pipeline.data.held_out import held_out_documents
 from pipeline.data.lanes import Lanes, check_documents
 from pipeline.data.store import TokenStore, check_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, world_size
-from pipeline.errors import DataError
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, RankGroup
 from pipeline.metrics.phases import PhaseTimer
@@ -37,7 +37,7 @@ from pipeline.training.engines import (
     read_backbone_config,
     start_distributed,
 )
-from pipeline.training.run_folder import claim
+from pipeline.training.run_folder import check_folder
 from pipeline.training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def build_run(config: Config) -> Run:
     check_precision(config)
     stores = together(lambda: check_inputs(config))
     folder = Path(config.run.output_dir)
-    on_rank_zero(lambda: claim(folder, config))
+    on_rank_zero(lambda: check_folder(folder, config))
     resume_from = together(lambda: find_checkpoint(config, folder))
     group = MemoryGroup.build(config.memory.group_size, timeout_s=config.run.collective_timeout_s)
     _seed(config.run.seed)
@@ -118,7 +118,7 @@ def build_run(config: Config) -> Run:
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
-        identity={"backbone": backbone_identity, "group_size": config.memory.group_size},
+        identity=_identity(config, model, backbone_identity),
     )
     owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
     if bank is not None:
@@ -161,11 +161,7 @@ def check_inputs(config: Config) -> Stores:
     """
     train = TokenStore.open(config.data.path, "train")
     check_documents(train, chunk_size=config.memory.chunk_size, num_lanes=config.data.lanes)
-    try:
-        validation = TokenStore.open(config.data.path, "validation")
-    except DataError:
-        validation = None
-        logger.warning("%s has no validation split: there will be no held-out evaluation", config.data.path)
+    validation = _validation(config, train)
     backbone_config = read_backbone_config(config.backbone.path).get_text_config()
     family_of(backbone_config)
     layout_of(config, backbone_config.num_hidden_layers)
@@ -184,17 +180,38 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
         Its folder, or None: start anew.
 
     Raises:
-        CheckpointError: The named folder, or the newest one, is no whole checkpoint.
+        CheckpointError: The named folder, or the newest one, is no whole checkpoint, or of another world size.
     """
     if config.run.resume == "none":
         return None
-    if config.run.resume == "auto":
-        newest = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, identity={}).latest()
-    else:
-        newest = Path(config.run.resume)
-    if newest is not None:
-        read_manifest(newest)
-    return newest
+    # The identity is not known before the backbone is loaded; the rest is checked now.
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, identity={})
+    found = checkpoints.latest() if config.run.resume == "auto" else Path(config.run.resume)
+    if found is not None:
+        checkpoints.check(found)
+    return found
+
+
+def _validation(config: Config, train: TokenStore) -> TokenStore | None:
+    """The held-out documents, if there are any; they must be long enough for the evaluation at the end."""
+    if "validation" not in train.info.splits:
+        logger.warning("%s has no validation split: there will be no held-out evaluation", config.data.path)
+        return None
+    store, wanted = TokenStore.open(config.data.path, "validation"), config.evaluation
+    held_out_documents(store, count=wanted.documents, min_tokens=wanted.context_tokens + wanted.scored_tokens)
+    return store
+
+
+def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that loads it."""
+    layout = model.sidenet.layout
+    return {
+        "backbone": backbone_identity,
+        "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
+        "precision": config.train.precision,
+        "memory": config.memory.enabled,
+        "group_size": config.memory.group_size,
+    }
 
 
 def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:

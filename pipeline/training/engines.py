@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -140,19 +141,31 @@ class Engines:
             The causal LM, each rank holding its part of every parameter.
 
         Raises:
-            BackboneError: Its files are missing or damaged.
+            BackboneError: Its files are missing or damaged, or lack a weight.
         """
         path = self._config.backbone.path
+        model: PreTrainedModel
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[self._config.train.precision], attn_implementation=self._config.backbone.attention
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES[self._config.train.precision],
+                attn_implementation=self._config.backbone.attention,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(
                 "the backbone's weights cannot be loaded",
                 got=f"backbone.path {path!r} ({str(error).splitlines()[0]})",
                 do="check the folder, or convert or download the model again",
             ) from error
+        # transformers would put random numbers in their place.
+        lacking = sorted(info["missing_keys"])
+        if lacking:
+            raise BackboneError(
+                "the backbone's files lack weights",
+                got=f"backbone.path {path!r} without {', '.join(lacking[:3])} ({len(lacking)} in all)",
+                do="check the folder, or convert or download the model again",
+            )
         return model
 
     def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:

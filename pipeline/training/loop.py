@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pipeline.data.store import TokenStore
-from pipeline.distributed.ranks import on_rank_zero, rank
+from pipeline.distributed.ranks import gather, on_rank_zero, rank
 from pipeline.metrics.atomic import write_text
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
+from pipeline.training.run_folder import claim
 from pipeline.training.summary import EVALUATION_NAME
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
     """
     config = run.config
     step = 0 if run.resume_from is None else run.checkpoints.load(run.resume_from, run.owners)
+    on_rank_zero(lambda: claim(run.folder, config))
     last = max(step, min(config.train.steps, config.train.stop_after_steps or config.train.steps))
     with MetricsWriter(run.folder, enabled=rank() == 0) as writer:
         writer.truncate_after(step)
@@ -57,14 +59,22 @@ def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
             recorder.record(step, result, memory_fill=run.trainer.memory_fill)
             if step == last or _due(step, config.checkpoint.every_steps):
                 run.checkpoints.save(step, run.owners)
-            if step == config.train.steps or _due(step, config.evaluation.every_steps):
+            if _due(step, config.evaluation.every_steps):
                 _evaluate(run, evaluate, step)
         recorder.close()
+    if step == config.train.steps and _evaluated(run) != step:
+        _evaluate(run, evaluate, step)
     return step
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _evaluated(run: Run) -> int:
+    """Step of the newest evaluation, 0 if there is none: the same on all ranks."""
+    path = run.folder / f"{EVALUATION_NAME}.json"
+    return int(gather(json.loads(path.read_text())["step"] if rank() == 0 and path.is_file() else 0)[0])
 
 
 def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:

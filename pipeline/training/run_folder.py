@@ -18,6 +18,7 @@ import yaml
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import TrainingError
+from pipeline.metrics.atomic import write_text
 from pipeline.metrics.folder import write_versions
 
 # Settings that may differ when a run goes on: they change how long or how visibly it runs, not what it computes.
@@ -31,11 +32,11 @@ CHANGEABLE = {
 }
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Checks that the run may use its folder, and writes configuration and versions into it.
+def check_folder(folder: Path, config: Config) -> None:
+    """Checks that the run may use its folder; writes nothing.
 
     Args:
-        folder: The run folder; made if missing.
+        folder: The run folder; may be missing.
         config: The run's settings.
 
     Raises:
@@ -56,8 +57,23 @@ def claim(folder: Path, config: Config) -> None:
             got=f"{folder} without config.yaml",
             do="choose an empty or new run.output_dir",
         )
+    elif folder.exists() and not folder.is_dir():
+        raise TrainingError("run.output_dir is not a folder", got=str(folder), do="choose another run.output_dir")
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Writes configuration and versions into the run folder; called when nothing but training is left to do.
+
+    Args:
+        folder: The run folder; made if missing.
+        config: The run's settings.
+
+    Raises:
+        TrainingError: As `check_folder`.
+    """
+    check_folder(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_config(config), encoding="utf-8")
+    write_text(folder / "config.yaml", dump_config(config))
     write_versions(folder)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.backbone.backbone import Backbone, identity
-from tests.reference import Reference
+from tests.reference_lm import Reference
 from tests.tiny_longmem import tiny_tokens
 from tests.tiny_models import VARIANTS, tiny_model
 
@@ -79,7 +79,8 @@ def test_identity_is_of_names_shapes_and_bytes() -> None:
 
 
 def test_partitioned_parameters_are_gathered_one_by_one_for_identity() -> None:
-    model, gathered = tiny_model("gpt2", layers=1), []
+    model = tiny_model("gpt2", layers=1)
+    gathered: list[nn.Parameter] = []
 
     @contextmanager
     def gather(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -92,7 +93,8 @@ def test_partitioned_parameters_are_gathered_one_by_one_for_identity() -> None:
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_head_and_norm_are_made_whole_together(family: str) -> None:
-    model, gathered = tiny_model(family, layers=1), []
+    model = tiny_model(family, layers=1)
+    gathered: list[int] = []
 
     @contextmanager
     def gather(parameters: Sequence[nn.Parameter]) -> Iterator[None]:

@@ -12,7 +12,7 @@ from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.families import FAMILIES as TABLE
 from pipeline.backbone.families import alibi_slopes, family_of
 from pipeline.errors import BackboneError
-from tests.reference import Reference
+from tests.reference_lm import Reference
 from tests.tiny_longmem import tiny_tokens
 from tests.tiny_models import FAMILIES, VARIANTS, WINDOW, tiny_model
 

@@ -153,7 +153,7 @@ def test_ages_are_the_distances_to_the_chunks_read() -> None:
 
 
 def test_only_the_last_tokens_are_visible_by_hand() -> None:
-    """Start 36, 20 tokens remembered, chunks of 4: first positions 16, 20, 24, 28, 32, whatever the ring still holds."""
+    """Start 36, 20 tokens remembered, chunks of 4: first positions 16 to 32, whatever the ring holds."""
     world, documents, start = make("lane", "none")
     world.rules = Rules(tokens=20, chunk_size=4, top_k_tokens=80)
     found = world.retrieved(world.randn(2, HEADS, TOKENS, DIM), documents, start=start)

@@ -10,7 +10,8 @@ from pipeline.memory.reader import BankReader
 from pipeline.memory.search import search
 from pipeline.memory.view import Geometry, MemoryView, ReadSettings
 from pipeline.positions import PositionEncoding, PositionRule
-from tests.reference import Attention, Past, Read, Rules, read_memory
+from tests.reference import Past, Read, Rules, read_memory
+from tests.reference_lm import Attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 6
 

@@ -66,7 +66,12 @@ def test_all_ignored_is_zero_without_nan() -> None:
 def test_whole_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = Head.logits
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
+
+    def logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        return original(head, hidden)
+
+    monkeypatch.setattr(Head, "logits", logits)
     hidden, targets = torch.randn(TOKENS, HIDDEN), torch.zeros(TOKENS, dtype=torch.int64)
     token_losses(hidden, targets, Head(torch.randn(VOCABULARY, HIDDEN)), piece_tokens=4)
     assert seen == [4, 4, 3]

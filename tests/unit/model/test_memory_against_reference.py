@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.sidenet.fusion import MemoryFusion
 from tests.reference import ReferenceSideNet
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import VARIANTS, tiny_model
@@ -32,34 +33,44 @@ WITHOUT_WINDOW_OR_LEARNED_POSITIONS = [
 
 
 def make(
-    family: str, *, position: str, fusion: str, memory_layers: list[int], checkpointing: bool = False
+    family: str, *, position: str, fusion: str, memory_layers: list[int], scope: str = "lane", **sidenet: object
 ) -> tuple[TinyLongMem, ReferenceSideNet]:
     """A `uniform` SideNet of two layers over four, which remembers 16 tokens and reads 8 of them."""
     model = tiny_model(family)
     fast = TinyLongMem(
         model,
-        memory={"tokens": 16, "top_k_tokens": 8, "position": position},
+        memory={"tokens": 16, "top_k_tokens": 8, "position": position, "scope": scope},
         sidenet={
             "num_layers": 2,
             "memory_layers": memory_layers,
             "fusion": fusion,
             "gate_init": -0.3,
-            "activation_checkpointing": checkpointing,
+            **sidenet,
         },
         train={"segment_tokens": SEGMENT},
     )
     return fast, fast.reference(model, (0, 2, 4))
 
 
-def read_on(fast: TinyLongMem, slow: ReferenceSideNet | None) -> Tensor:
+def read_on(fast: TinyLongMem, slow: ReferenceSideNet | None, documents: Tensor | None = None) -> Tensor:
     """Remembers three segments (more than there is room for) and gives the third, which is still to be predicted."""
     tokens = tiny_tokens((2, 3 * SEGMENT))
+    documents = torch.zeros_like(tokens) if documents is None else documents
     for start in range(0, 3 * SEGMENT, SEGMENT):
         segment = tokens[:, start : start + SEGMENT]
-        fast.remember(segment, start=start)
+        of_segment = documents[:, start : start + SEGMENT]
+        fast.remember(segment, start=start, documents=of_segment)
         if slow is not None:
-            slow.remember(segment, start=start, documents=torch.zeros_like(segment))
+            slow.remember(segment, start=start, documents=of_segment)
     return tokens[:, -SEGMENT:]
+
+
+def memory_share(fast: TinyLongMem) -> Tensor:
+    """Mean weight of memory in each head of the second side layer, at the last read."""
+    fusion = fast.longmem.sidenet.memory["2"]
+    assert isinstance(fusion, MemoryFusion)
+    assert fusion.memory_share is not None
+    return fusion.memory_share
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -71,6 +82,20 @@ def test_logits(family: str, position: str, fusion: str) -> None:
     found, expected = fast.logits(tokens, start=2 * SEGMENT), slow.logits(tokens, start=2 * SEGMENT).detach()
     torch.testing.assert_close(found, expected.float(), atol=LOGITS_TOLERANCE, rtol=LOGITS_TOLERANCE)
     assert (found - fast.logits(tokens, memory=False)).abs().max() > 0.05  # memory says something
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gpt2", "bloom"])
+@pytest.mark.parametrize("scope", ["document", "group"])
+@pytest.mark.parametrize(("fusion", "residual"), [("gate", "paper"), ("joint", "interleaved")])
+def test_scopes(family: str, scope: str, fusion: str, residual: str) -> None:
+    """Documents end inside the remembered past, inside a chunk, and inside the segment that reads."""
+    fast, slow = make(family, position="clamp:14", fusion=fusion, memory_layers=[1, 2], scope=scope, residual=residual)
+    documents = torch.tensor([[1] * 18 + [2] * 13 + [3] * 5, [4] * 29 + [5] * 7])
+    tokens, last = read_on(fast, slow, documents), documents[:, -SEGMENT:]
+    found = fast.logits(tokens, start=2 * SEGMENT, documents=last)
+    expected = slow.logits(tokens, start=2 * SEGMENT, documents=last).detach()
+    torch.testing.assert_close(found, expected.float(), atol=LOGITS_TOLERANCE, rtol=LOGITS_TOLERANCE)
+    assert (found - fast.logits(tokens, documents=last, memory=False)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -89,10 +114,10 @@ def test_gradients(family: str, position: str, fusion: str) -> None:
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=0, rtol=LOGITS_TOLERANCE)
     side = fast.longmem.sidenet
-    pairs = [(fusion_.gate, slow.gates[int(n)]) for n, fusion_ in side.memory.items()]
+    pairs = [(side.get_parameter(f"memory.{n}.gate"), gate) for n, gate in slow.gates.items()]
     for layer, module in slow.layers.items():
         theirs = dict(module.named_parameters())
-        pairs += [(p, theirs[n]) for n, p in side.layers[layer - 1].named_parameters() if not n.startswith("memory")]
+        pairs += [(p, theirs[n]) for n, p in side.layers[layer - 1].named_parameters()]
     pairs += list(zip(side.norm.parameters(), slow.norm.parameters(), strict=True))
     assert len(pairs) == len(slow.trained)
     for found, wanted in pairs:
@@ -109,7 +134,9 @@ def test_gradients(family: str, position: str, fusion: str) -> None:
 def test_activation_checkpointing_changes_no_gradient(family: str, fusion: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        fast, _ = make(family, position="clamp:14", fusion=fusion, memory_layers=[1, 2], checkpointing=checkpointing)
+        fast, _ = make(
+            family, position="clamp:14", fusion=fusion, memory_layers=[1, 2], activation_checkpointing=checkpointing
+        )
         tokens = read_on(fast, None)
         fast.loss(tokens, tokens.roll(-1, 1), start=2 * SEGMENT).backward()
         gradients.append([parameter.grad for parameter in fast.longmem.sidenet.parameters()])
@@ -174,7 +201,7 @@ def test_the_gate_is_the_share_that_it_says(fusion: str) -> None:
     for gate in (-ALL, 0.0, ALL):
         fast.set_gates(gate)
         logits = fast.logits(tokens, start=2 * SEGMENT)
-        share = fast.longmem.sidenet.memory["2"].memory_share
+        share = memory_share(fast)
         assert share.shape == (4,)
         shares[gate] = share
         if gate == (ALL if fusion == "gate" else -ALL):
@@ -189,4 +216,4 @@ def test_the_gate_is_the_share_that_it_says(fusion: str) -> None:
 def test_without_visible_memory_the_share_is_zero() -> None:
     fast, _ = make("llama", position="none", fusion="gate", memory_layers=[2])
     fast.logits(tiny_tokens((2, SEGMENT)))
-    assert torch.equal(fast.longmem.sidenet.memory["2"].memory_share, torch.zeros(4))
+    assert torch.equal(memory_share(fast), torch.zeros(4))

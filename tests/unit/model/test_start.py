@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.reference import Reference, ReferenceSideNet
+from tests.reference import ReferenceSideNet
+from tests.reference_lm import Reference
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import VARIANTS, tiny_model
 

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.sidenet import local as local_module
 from pipeline.sidenet.local import LocalAttention, local_log_sum_exp
-from tests.reference import Attention, local_logits
+from tests.reference_lm import Attention, local_logits
 
 FP32_TOLERANCE = 1e-5  # sums of a few dozen exponentials of size 1
 HEADS, KV_HEADS, DIM = 4, 2, 6

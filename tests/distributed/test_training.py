@@ -1,0 +1,310 @@
+"""Training on one and two ranks: the same numbers as a loop by hand, whatever the options; stops before nonsense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.config.schema import Config
+from pipeline.data.lanes import Lanes
+from pipeline.data.store import TokenStore
+from pipeline.model.longmem import LongMem, build
+from tests.ranks import run_ranks
+from tests.tiny_run import TinyRun
+
+TOLERANCE = 1e-5  # float32, summed in another order
+STEPS = 5  # memory is full after two
+BROKEN_STEP = 3
+
+OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "base": {},
+    "paper": {"sidenet": {"layout": "uniform", "memory_layers": None, "fusion": "gate"}},
+    "recomputed": {"sidenet": {"activation_checkpointing": True}},
+    "pieces": {"train": {"loss_piece_tokens": 7}},
+    "evaluating": {"evaluation": {"every_steps": 2}},
+    "faiss": {"memory": {"search": "faiss"}},
+    "host": {"memory": {"device": "host"}},
+    "bf16 memory": {"memory": {"dtype": "bf16"}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "no memory": {"memory": {"enabled": False}},
+    "document": {"memory": {"scope": "document"}},
+    "group": {"memory": {"scope": "group"}},
+}
+
+
+def train_one(
+    config: Config, *, evaluated: bool = True, prepare: Callable[[Any], None] | None = None
+) -> tuple[Any, list[dict[str, Any]], int]:
+    """Builds and trains; every rank gets the run, the lines of metrics.jsonl and the number of evaluations."""
+    from eval.perplexity import evaluate
+    from pipeline.distributed.ranks import barrier, rank, world_size
+    from pipeline.metrics.record import read_metrics
+    from pipeline.training.build import build_run
+    from pipeline.training.loop import train
+
+    evaluations = 0
+
+    def evaluation(model: Any, store: Any) -> Any:
+        nonlocal evaluations
+        evaluations += 1
+        return evaluate(model, store, config, rank=rank(), world_size=world_size())
+
+    run = build_run(config)
+    if prepare is not None:
+        prepare(run)
+    train(run, evaluate=evaluation if evaluated else None)
+    barrier()
+    return run, read_metrics(run.folder), evaluations
+
+
+def with_gradients(config: Config) -> dict[str, Any]:
+    """Trains and keeps every step's gradients, as the optimizer gets them but for clipping, and the last weights."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def keep_gradients(run: Any) -> None:
+        check = run.trainer._check_finite
+
+        def check_and_keep(number: int, totals: torch.Tensor) -> None:
+            parameters = run.model.sidenet.named_parameters()
+            gradients.append({name: safe_get_full_grad(parameter).clone() for name, parameter in parameters})
+            check(number, totals)
+
+        run.trainer._check_finite = check_and_keep
+
+    run, metrics, _ = train_one(config, evaluated=False, prepare=keep_gradients)
+    weights = {name: parameter.detach().clone() for name, parameter in run.model.sidenet.named_parameters()}
+    return {"metrics": metrics, "gradients": gradients, "weights": weights}
+
+
+def on_one_rank(configs: Mapping[str, Config], with_gradients_of: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"gradients": with_gradients(with_gradients_of)}
+    for name, config in configs.items():
+        run, metrics, evaluations = train_one(config)
+        report = json.loads((run.folder / "evaluation.json").read_text())
+        found[name] = {"metrics": metrics, "evaluation": report, "evaluations": evaluations}
+    return found
+
+
+def on_two_ranks(config: Config, to_break: Config) -> dict[str, Any]:
+    found = with_gradients(config)
+    found["broken"] = break_on_rank_one(to_break)
+    return found
+
+
+def break_on_rank_one(config: Config) -> dict[str, Any]:
+    """The SideNet of rank 1 puts out not-a-number in the first segment of a step."""
+    from pipeline.distributed.ranks import rank
+    from pipeline.errors import TrainingError
+    from pipeline.metrics.record import read_metrics
+
+    kept: dict[str, Any] = {}
+
+    def break_it(run: Any) -> None:
+        step, norm = run.trainer.step, run.model.sidenet.norm
+
+        def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            return output * float("nan") if rank() == 1 else output
+
+        def broken_step(number: int, **kwargs: Any) -> Any:
+            nonlocal handle
+            if number == BROKEN_STEP:
+                kept["before"] = state(run)
+                handle = norm.register_forward_hook(spoil)
+            return step(number, **kwargs)
+
+        handle: Any = None
+        kept["run"] = run
+        run.trainer.step = broken_step
+
+    def state(run: Any) -> list[torch.Tensor]:
+        masters = [p for group in run.trainer.engine.optimizer.param_groups for p in group["params"]]
+        return [p.detach().clone() for p in (*run.model.sidenet.parameters(), *masters)]
+
+    try:
+        train_one(config, evaluated=False, prepare=break_it)
+    except TrainingError as error:
+        after = state(kept["run"])
+        same = all(torch.equal(old, new) for old, new in zip(kept["before"], after, strict=True))
+        return {"message": str(error), "same": same, "steps": len(read_metrics(kept["run"].folder))}
+    return {"message": "nothing was raised"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def one(tiny_run: TinyRun, folder: Path) -> dict[str, Any]:
+    configs = {}
+    for name, overrides in OPTIONS.items():
+        sections = {section: dict(keys) for section, keys in overrides.items()}
+        sections["train"] = {"steps": STEPS, **sections.get("train", {})}
+        configs[name] = tiny_run.config(folder / name, checkpoint={"every_steps": 0}, **sections)
+    plain = tiny_run.config(folder / "one", train={"steps": STEPS})
+    return run_ranks(on_one_rank, 1, configs, plain, init_process_group=False)[0]
+
+
+@pytest.fixture(scope="module")
+def two(tiny_run: TinyRun, folder: Path) -> list[dict[str, Any]]:
+    configs = [tiny_run.config(folder / name, train={"steps": STEPS}) for name in ("two", "broken")]
+    return run_ranks(on_two_ranks, 2, *configs, init_process_group=False)
+
+
+def of(metrics: list[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in metrics]
+
+
+def losses(found: dict[str, Any], name: str) -> list[float]:
+    return of(found[name]["metrics"], "loss")
+
+
+def by_hand(config: Config) -> dict[str, Any]:
+    """The same training in plain PyTorch, without DeepSpeed."""
+    longmem = LongMem(config, *build(config, AutoModelForCausalLM.from_pretrained(config.backbone.path)))
+    sidenet, bank = longmem.sidenet, longmem.bank(config.data.lanes)
+    names = dict(sidenet.named_parameters())
+    gates = [parameter for name, parameter in names.items() if name.startswith("memory.")]
+    plain = [p for name, p in names.items() if not name.startswith("memory.") and p.dim() == 1]
+    decayed = [p for name, p in names.items() if not name.startswith("memory.") and p.dim() == 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": 0.01},
+            {"params": plain, "weight_decay": 0.0},
+            {"params": gates, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-8,
+    )
+    lanes = Lanes(
+        TokenStore.open(config.data.path), num_lanes=4, lanes=range(4), segment_tokens=16, seed=config.run.seed
+    )
+    found: dict[str, Any] = {"loss": [], "grad_norm": [], "gradients": []}
+    for step in range(1, STEPS + 1):
+        total, counted = 0.0, 0
+        for _ in range(2):
+            segment = lanes.next_segment()
+            documents = torch.from_numpy(segment.documents)
+            encoding = longmem.encode(torch.from_numpy(segment.tokens), documents)
+            longmem.append(bank, encoding, start=segment.start, documents=documents)
+            reader = longmem.reader(bank, start=segment.start, documents=documents)
+            of_tokens = longmem.losses(longmem.hidden(encoding, reader), torch.from_numpy(segment.targets))
+            (of_tokens.sum() / (2 * 4 * 16)).backward()
+            total += float(of_tokens.detach().sum())
+            counted += int((segment.targets >= 0).sum())
+        gradients = {name: parameter.grad.clone() for name, parameter in names.items()}  # type: ignore[union-attr]
+        norm = float(torch.nn.utils.clip_grad_norm_(names.values(), 1.0))
+        rate = 0.003 * (step / 2 if step <= 2 else 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (step - 2) / (STEPS - 2))))
+        for group, factor in zip(optimizer.param_groups, (1, 1, 10), strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        found["loss"].append(total / counted)
+        found["grad_norm"].append(norm)
+        found["gradients"].append(gradients)
+    return found | {"weights": {name: parameter.detach() for name, parameter in names.items()}}
+
+
+def assert_same_training(left: dict[str, Any], right: dict[str, Any]) -> None:
+    np.testing.assert_allclose(of(left["metrics"], "loss"), of(right["metrics"], "loss"), rtol=TOLERANCE)
+    np.testing.assert_allclose(of(left["metrics"], "grad_norm"), of(right["metrics"], "grad_norm"), rtol=1e-4)
+    assert_same_tensors(left, right)
+
+
+def assert_same_tensors(left: dict[str, Any], right: dict[str, Any]) -> None:
+    for mine, other in zip(left["gradients"], right["gradients"], strict=True):
+        assert mine.keys() == other.keys()
+        largest = max(float(gradient.abs().max()) for gradient in other.values())
+        for name in mine:
+            torch.testing.assert_close(mine[name], other[name], atol=1e-4 * largest, rtol=0)
+    for name, weight in left["weights"].items():
+        # Adam makes a step of the full learning rate out of the sign of a gradient that is nearly zero.
+        assert float((weight - right["weights"][name]).abs().mean()) < 1e-5, name
+
+
+def test_one_rank_equals_a_loop_by_hand(one, tiny_run, folder):
+    expected = by_hand(tiny_run.config(folder / "unused", train={"steps": STEPS}))
+    found = one["gradients"]
+    np.testing.assert_allclose(of(found["metrics"], "loss"), expected["loss"], rtol=TOLERANCE)
+    np.testing.assert_allclose(of(found["metrics"], "grad_norm"), expected["grad_norm"], rtol=1e-4)
+    assert_same_tensors(found, expected)
+    assert len(set(expected["loss"])) == STEPS
+
+
+def test_two_ranks_compute_what_one_computes(one, two):
+    assert_same_training(two[0], one["gradients"])
+    assert [record["step"] for record in two[0]["metrics"]] == list(range(1, STEPS + 1))
+    for name, weight in two[0]["weights"].items():
+        assert torch.equal(weight, two[1]["weights"][name])
+
+
+def test_what_a_step_records(one):
+    records = one["base"]["metrics"]
+    wanted = "step loss learning_rate grad_norm tokens tokens_per_second seconds memory_fill gate_mean".split()
+    phases = "backbone append retrieve_and_read sidenet loss backward optimizer data".split()
+    for number, record in enumerate(records, start=1):
+        assert record["step"] == number and record["tokens"] == 2 * 4 * 16
+        assert set(wanted) | {f"phase_{name}_s" for name in phases} <= record.keys()
+        seconds = sum(value for key, value in record.items() if key.startswith("phase_"))
+        assert 0.5 * record["seconds"] < seconds <= record["seconds"]
+        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
+    assert of(records, "memory_fill") == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert of(records, "learning_rate")[:3] == [0.0015, 0.003, pytest.approx(0.003 * (0.1 + 0.9 * 0.75))]
+    assert records[0]["gate_mean"] != records[-1]["gate_mean"] == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("option", ["recomputed", "evaluating", "host"])
+def test_options_that_change_no_bit(one, option):
+    assert losses(one, option) == losses(one, "base")
+    assert of(one[option]["metrics"], "grad_norm") == of(one["base"]["metrics"], "grad_norm")
+
+
+@pytest.mark.parametrize("option", ["pieces", "faiss"])
+def test_options_that_change_only_the_order_of_sums(one, option):
+    np.testing.assert_allclose(losses(one, option), losses(one, "base"), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("option", "tolerance"), [("bf16 memory", 0.005), ("bf16", 0.05)])
+def test_options_that_round(one, option, tolerance):
+    np.testing.assert_allclose(losses(one, option), losses(one, "base"), rtol=tolerance)
+    assert losses(one, option) != losses(one, "base")
+
+
+@pytest.mark.parametrize("option", ["paper", "no memory", "document", "group"])
+def test_options_that_change_what_is_computed(one, option):
+    assert np.isfinite(losses(one, option)).all()
+    assert losses(one, option) != losses(one, "base")
+
+
+def test_without_memory_nothing_is_remembered_and_gates_stay(one):
+    records = one["no memory"]["metrics"]
+    assert set(of(records, "memory_fill")) == {0.0} and set(of(records, "gate_mean")) == {1.0}
+    assert set(of(records, "memory_share")) == {0.0}
+    assert set(one["no memory"]["evaluation"]["conditions"]) == {"backbone", "memory_off"}
+
+
+def test_every_run_is_evaluated_at_its_end(one):
+    for name in OPTIONS:
+        assert one[name]["evaluation"]["step"] == STEPS
+        assert one[name]["evaluations"] == (3 if name == "evaluating" else 1)  # after steps 2, 4 and 5
+    assert set(one["base"]["evaluation"]["conditions"]) == {"backbone", "memory_off", "memory_on", "other_memory"}
+    assert one["evaluating"]["evaluation"]["conditions"] == one["base"]["evaluation"]["conditions"]
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(two):
+    for number, found in enumerate(two):
+        broken = found["broken"]
+        assert f"the loss of step {BROKEN_STEP} is not finite; the optimizer has not stepped" in broken["message"]
+        assert "not finite on rank(s) [1]" in broken["message"] and "do: resume from" in broken["message"]
+        assert ("got: nan on this rank" in broken["message"]) == (number == 1)
+        assert broken["same"] and broken["steps"] == BROKEN_STEP - 1
