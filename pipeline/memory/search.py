@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.memory.scores import chosen_scores, rounding_bound, run_scores
 from pipeline.memory.view import MemoryView, Queries, Run
 
 NOTHING = float("-inf")
+MARGIN = 8  # candidates beyond the k-th whose scores are worked out again
 _LOW_BITS = 32
 _FLIP = 0x7FFFFFFF  # turns the bits of a negative float into an integer that grows with it
 
@@ -121,75 +123,70 @@ def _best_of(first: Retrieved, second: Retrieved, k: int) -> Retrieved:
 
 
 def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
-    scores = _near_scores(view, queries, run) if run.near else _far_scores(view, queries, run)
+    scores = run_scores(view, queries, run)
     if view.settings.scope == "document":
         same = queries.documents[:, :, None] == view.slot_documents[:, None, run.start : run.stop]
         scores = scores.masked_fill(~same, NOTHING)
-    k, order = min(view.settings.top_k_chunks, scores.shape[-1]), view.slot_order[run.start : run.stop]
-    # One more than asked for: where the last two are equal, which of them is in must be decided by order.
-    top = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    keys, slots = sort_keys(top.values, order[top.indices])[..., :k], top.indices[..., :k]
-    tied = _is_tied(top.values, k)
-    if tied is not None:
-        exact = sort_keys(scores[tied], order).topk(k, dim=-1)
-        keys[tied], slots[tied] = exact.values, exact.indices
-    return Retrieved(keys, slots + run.start)
+    k = min(view.settings.top_k_chunks, scores.shape[-1])
+    top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
+    everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
+    chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), everyone, k)
+    found = Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
+    open_ended = _is_open(view, queries, top.values, k)
+    if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
+        # More chunks than the margin score alike: look at all of them.
+        rows, bound = scores[open_ended], rounding_bound(view, queries)[open_ended][:, None]
+        alike = rows >= top.values[open_ended][:, k - 1 : k] - bound
+        top = rows.topk(int(alike.sum(dim=-1).max()), dim=-1)
+        again = _choose(view, queries, run, top.values, top.indices, open_ended.flatten().nonzero()[:, 0], k)
+        found.keys[open_ended], found.slots[open_ended] = again.keys, again.slots
+    return found
 
 
-def _is_tied(values: Tensor, k: int) -> Tensor | None:
-    """Which queries have the same score at ranks `k` and `k + 1`, bool `[Hkv, R, N]`; None: no query."""
-    if values.shape[-1] <= k:
-        return None
-    tied = (values[..., k - 1] == values[..., k]) & (values[..., k] != NOTHING)
-    return tied if bool(tied.any()) else None
+def _choose(
+    view: MemoryView, queries: Queries, run: Run, scores: Tensor, indices: Tensor, members: Tensor, k: int
+) -> Retrieved:
+    """Decides between candidates `[n, w]` of a run by scores that round alike wherever a chunk lies; `[n, k]`."""
+    slots = indices + run.start
+    exact = chosen_scores(view, queries, slots, members, near=run.near)
+    exact = exact.masked_fill(scores == NOTHING, NOTHING)
+    best = sort_keys(exact, view.slot_order[slots]).topk(k, dim=-1)
+    return Retrieved(best.values, slots.gather(-1, best.indices))
 
 
-def _far_scores(view: MemoryView, queries: Queries, run: Run) -> Tensor:
-    """Scores of a run by unrotated keys, `[Hkv, R, N, s]`."""
-    chunk_keys = view.chunk_keys[:, :, run.start : run.stop]
-    scores = torch.matmul(queries.far, chunk_keys.transpose(-1, -2)).mul_(view.geometry.scale)
-    bias = view.distance_bias(_far_distance(view), queries)
-    return scores if bias is None else scores.add_(bias)
+def _is_open(view: MemoryView, queries: Queries, scores: Tensor, k: int) -> Tensor | None:
+    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, R, N]`; None: no query.
 
-
-def _far_distance(view: MemoryView) -> Tensor:
-    return torch.full((1, 1, 1, 1), float(view.rule.distance), device=view.device)
-
-
-def _near_scores(view: MemoryView, queries: Queries, run: Run) -> Tensor:
-    """Scores of a run with each chunk's real distance (up to the rule's limit), `[Hkv, R, N, s]`."""
-    centre = view.slot_offset[run.start : run.stop] + (view.chunk_size - 1) / 2
-    distance = (queries.offset[:, None] - centre)[None, None]  # [1, 1, N, s]
-    chunk_keys, first = view.chunk_keys, run.start
-    if view.geometry.encoding.inv_freq is not None:
-        chunk_keys, first = view.near_chunk_keys, int(view.near_index[run.start])
-    assert queries.near is not None
-    chunk_keys = chunk_keys[:, :, first : first + run.stop - run.start]
-    scores = torch.matmul(queries.near, chunk_keys.transpose(-1, -2)).mul_(view.geometry.scale)
-    bias = view.distance_bias(distance, queries)
-    scores = scores if bias is None else scores.add_(bias)
-    if view.rule.kind == "true":
-        return scores
-    return torch.where(distance <= view.rule.near_limit, scores, _far_scores(view, queries, run))
+    Args:
+        view: The memory layer.
+        queries: A block of queries.
+        scores: Candidates' scores, best first, `[Hkv, R, N, w]`.
+        k: Chunks wanted.
+    """
+    is_open = scores[..., -1] >= scores[..., k - 1] - rounding_bound(view, queries)
+    is_open &= scores[..., -1] != NOTHING
+    return is_open if bool(is_open.any()) else None
 
 
 def _with_faiss(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
     """The far part of the search by faiss's exact inner-product search, on the host."""
-    k = min(view.settings.top_k_chunks, run.stop - run.start)
-    scores = torch.full((*queries.far.shape[:-1], min(k + 1, run.stop - run.start)), NOTHING)
-    slots = torch.zeros(scores.shape, dtype=torch.int64)
+    num_slots = run.stop - run.start
+    k = min(view.settings.top_k_chunks, num_slots)
+    scores = torch.full((*queries.far.shape[:-1], min(k + MARGIN, num_slots)), NOTHING)
+    indices = torch.zeros(scores.shape, dtype=torch.int64)
     chunk_keys, far = view.chunk_keys[:, :, run.start : run.stop].cpu(), queries.far.cpu()
     for row in range(view.num_rows):
         for members, columns in _searched_together(view, queries, run, row):
             for head in range(view.num_kv_heads if len(columns) else 0):
                 value, index = _knn(far[head, row, members], chunk_keys[head, row, columns], scores.shape[-1])
                 scores[head, row, members, : value.shape[-1]] = value * view.geometry.scale
-                slots[head, row, members, : value.shape[-1]] = columns[index]
-    if _is_tied(scores, k) is not None:
+                indices[head, row, members, : value.shape[-1]] = columns[index]
+    scores, indices = scores.to(view.device), indices.to(view.device)
+    if scores.shape[-1] < num_slots and _is_open(view, queries, scores, k) is not None:
         return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
-    scores, slots = scores[..., :k].to(view.device), slots[..., :k].to(view.device) + run.start
-    bias = view.distance_bias(_far_distance(view), queries)
-    return Retrieved(sort_keys(scores if bias is None else scores + bias, view.slot_order[slots]), slots)
+    everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
+    chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)
+    return Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
 
 
 def _searched_together(view: MemoryView, queries: Queries, run: Run, row: int) -> list[tuple[Tensor, Tensor]]:

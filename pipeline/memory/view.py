@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -131,6 +132,11 @@ class MemoryView:
         self.slot_offset = torch.from_numpy(slot_positions - start).to(bank.device)  # [S]
         self.slot_order = self._slot_order(shape.num_lanes if joined else 1)
         self._rotate_near()
+
+    @cached_property
+    def largest_key(self) -> Tensor:
+        """Length of the longest chunk key, float32 `[Hkv, R]`."""
+        return self.chunk_keys.norm(dim=-1).amax(dim=-1)
 
     @property
     def num_visible(self) -> int:

@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_model
 
 SEGMENT = 16
 SEGMENTS_PER_STEP = 4
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.002
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Outcome:
 
     Attributes:
         losses: Of each step, nats a token.
-        gradients: Of the last step, name -> array.
+        gradients: Of a step, name -> array, by step.
         ages: Ages of all retrieved chunks, by (step, memory layer), sorted.
         traffic: Bytes that this rank sent in the last step, by purpose.
         bank_tokens: Tokens of a lane that this rank has room for.
     """
 
     losses: list[float]
-    gradients: dict[str, np.ndarray]
+    gradients: list[dict[str, np.ndarray]]
     ages: dict[tuple[int, int], np.ndarray]
     traffic: dict[str, int]
     bank_tokens: int
@@ -93,7 +93,7 @@ def train(case: Case, group_size: int) -> Outcome:
         seed=1,
     )
     parameters = dict(model.sidenet.named_parameters())
-    losses, ages = [], {}
+    losses, gradients, ages = [], [], {}
     for step in range(case.steps):
         total, seen = torch.zeros(1), {}
         for _ in range(SEGMENTS_PER_STEP // group_size):
@@ -121,7 +121,7 @@ def train(case: Case, group_size: int) -> Outcome:
         for layer in range(len(model.geometries)):
             found = gather(np.concatenate(seen.get(layer, [np.zeros(0, dtype=np.int64)])))
             ages[step, layer] = np.sort(np.concatenate(found))
-        gradients = {name: parameter.grad.numpy().copy() for name, parameter in parameters.items()}
+        gradients.append({name: parameter.grad.numpy().copy() for name, parameter in parameters.items()})
         traffic = dict(exchange.traffic)
         exchange.traffic.clear()
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from tests.distributed.sharded_training import SEGMENT, Case, Outcome, train_all
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32; partial results are added in another order
+NEARLY_TIED = 2e-3
+GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
 DEEP: Mapping[str, Any] = {"layout": "top", "memory_layers": "all", "fusion": "joint"}
 MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, "query_block_tokens": 6}
 
@@ -28,8 +31,8 @@ CASES: Mapping[str, Case] = {
     "document_true": deep(position="true", scope="document"),
     "group_fixed": deep(position="fixed:30", scope="group"),
     "group_true_ties": deep(position="true", scope="group", vocabulary=3),
-    "ties_none": deep(position="none", vocabulary=2),
-    "ties_clamp_checkpointed": deep(position="clamp:40", vocabulary=2, sidenet={"activation_checkpointing": True}),
+    "ties_none": deep(position="none", vocabulary=3),
+    "ties_clamp_checkpointed": deep(position="clamp:40", vocabulary=3, sidenet={"activation_checkpointing": True}),
     "paper": Case("gpt2", {"memory": MEMORY, "sidenet": {"layout": "uniform", "fusion": "gate"}}),
     "paper_residual": deep("llama", position="none", sidenet={"fusion": "gate", "residual": "paper", "num_layers": 2}),
     "alibi": deep("bloom", position="clamp:40"),
@@ -63,9 +66,15 @@ def check_equal(expected: Outcome, got: Outcome) -> None:
     np.testing.assert_allclose(got.losses, expected.losses, rtol=0, atol=TOLERANCE)
     assert expected.ages.keys() == got.ages.keys()
     for place, ages in expected.ages.items():
-        np.testing.assert_array_equal(got.ages[place], ages, err_msg=f"(step, layer) {place}")
-    for name, gradient in expected.gradients.items():
-        np.testing.assert_allclose(got.gradients[name], gradient, rtol=1e-3, atol=TOLERANCE, err_msg=name)
+        found, wanted = Counter(got.ages[place].tolist()), Counter(ages.tolist())
+        other = (wanted - found).total() + (found - wanted).total()
+        # With equal weights, exactly the same; later, weights that differ in their last bits may swap two chunks that
+        # score almost alike.
+        assert other <= (0 if place[0] == 0 else NEARLY_TIED * len(ages)), f"(step, layer) {place}: {other} of {len(ages)}"
+    for wanted, found in zip(expected.gradients, got.gradients, strict=True):
+        for name, gradient in wanted.items():
+            bound = TOLERANCE + GRADIENT_TOLERANCE * np.abs(gradient).max()
+            np.testing.assert_allclose(found[name], gradient, rtol=0, atol=bound, err_msg=name)
 
 
 @pytest.mark.parametrize("size", [2, 4])
