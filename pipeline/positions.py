@@ -89,19 +89,21 @@ class PositionRule:
         """Largest distance, in tokens, that is read as it really is; -1 when none is."""
         return {"none": -1, "fixed": -1, "true": float("inf"), "clamp": self.distance}[self.kind]
 
-    def far_query(self, query: Tensor, encoding: PositionEncoding) -> Tensor:
+    def far_query(self, query: Tensor, encoding: PositionEncoding, *, backward: bool = False) -> Tensor:
         """The query against keys beyond `near_limit`, which stay unrotated.
 
         Args:
             query: Unrotated queries `[..., D]`.
             encoding: The layer's position encoding.
+            backward: Whether to turn a gradient back instead.
 
         Returns:
             Queries of the same shape, rotated as if they stood `distance` tokens after every key.
         """
         if self.kind == "none":
             return query
-        rotated = encoding.rotate(query, torch.tensor(self.distance, device=query.device))
+        distance = -self.distance if backward else self.distance
+        rotated = encoding.rotate(query, torch.tensor(distance, device=query.device))
         if encoding.attention_scaling == 1.0:
             return rotated
         # A rotated key carries the scaling as well; these keys are not rotated, so the query carries it for them.

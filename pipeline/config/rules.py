@@ -34,12 +34,6 @@ def _whole_chunks(name: str) -> Rule:
     return Rule((name, "memory.chunk_size"), problem)
 
 
-def _group_size(group_size: int) -> str | None:
-    if group_size == 1:
-        return None
-    return f"memory.group_size is {group_size}: sharded memory is not available yet; do: set memory.group_size 1"
-
-
 def _warmup(warmup_steps: int, steps: int) -> str | None:
     if warmup_steps <= steps:
         return None
@@ -59,7 +53,6 @@ RULES = (
     _whole_chunks("memory.tokens"),
     _whole_chunks("memory.top_k_tokens"),
     _whole_chunks("train.segment_tokens"),
-    Rule(("memory.group_size",), _group_size),
     Rule(("train.warmup_steps", "train.steps"), _warmup),
     Rule(("sidenet.memory_layers", "sidenet.num_layers"), _memory_layers),
 )

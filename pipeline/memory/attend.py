@@ -31,6 +31,22 @@ class Partial:
     total: Tensor
     weighted: Tensor
 
+    def packed(self) -> Tensor:
+        """All in one tensor, to travel: float32 `[Hkv, R, N, D + 2]`."""
+        return torch.cat([self.maximum[..., None], self.total[..., None], self.weighted], dim=-1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Partial:
+        """Undoes `packed`.
+
+        Args:
+            packed: float32 `[Hkv, R, N, D + 2]`.
+
+        Returns:
+            The partial result.
+        """
+        return cls(packed[..., 0], packed[..., 1], packed[..., 2:])
+
 
 @dataclass(frozen=True)
 class _Gathered:
@@ -63,6 +79,24 @@ def attend(view: MemoryView, queries: Queries, retrieved: Retrieved) -> Partial:
     weights = torch.exp(tokens.logits - maximum.clamp_min(torch.finfo(torch.float32).min)[:, None])
     weighted = torch.bmm(weights[:, None], tokens.value)[:, 0]
     return Partial(maximum.view(shape), weights.sum(dim=-1).view(shape), weighted.view(queries.far.shape))
+
+
+def combine(partials: list[Partial]) -> Partial:
+    """Adds partial results over different keys up, in the order given.
+
+    Args:
+        partials: One or more, for the same queries.
+
+    Returns:
+        The attention over the keys of all of them.
+    """
+    maximum = torch.stack([partial.maximum for partial in partials]).amax(dim=0)
+    finite = torch.where(maximum == NOTHING, 0.0, maximum)
+    factors = [torch.exp(partial.maximum - finite) for partial in partials]
+    total = sum(partial.total * factor for partial, factor in zip(partials, factors, strict=True))
+    weighted = sum(partial.weighted * factor[..., None] for partial, factor in zip(partials, factors, strict=True))
+    assert isinstance(total, Tensor) and isinstance(weighted, Tensor)
+    return Partial(maximum, total, weighted)
 
 
 def attend_backward(

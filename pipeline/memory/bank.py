@@ -147,7 +147,7 @@ class MemoryBank:
                 chunked = source[:, :, tokens].unflatten(2, (-1, size)).transpose(0, 1)  # [Hkv, B, chunks, c, D]
                 target[:, :, slots].copy_(chunked)
             # The mean of what is stored, not of what came: a reader can recompute it from the bank.
-            store.chunk_keys[:, :, slots] = store.keys[:, :, slots].float().mean(dim=3)
+            store.chunk_keys[:, :, slots] = _chunk_keys(store.keys[:, :, slots])
 
     def _label(self, documents: Tensor, start: int, chunks: slice, slots: slice) -> None:
         size = self.shape.chunk_size
@@ -203,4 +203,13 @@ class MemoryBank:
         for index, store in enumerate(self.layers):
             store.keys[:, :, slots] = state[f"keys.{index}"].to(self.device)
             store.values[:, :, slots] = state[f"values.{index}"].to(self.device)
-            store.chunk_keys[:, :, slots] = store.keys[:, :, slots].float().mean(dim=3)
+            store.chunk_keys[:, :, slots] = _chunk_keys(store.keys[:, :, slots])
+
+
+def _chunk_keys(keys: Tensor) -> Tensor:
+    """Mean keys of chunks `[..., c, D]`, float32 `[..., D]`.
+
+    Summed in float64, where the order does not show: chunks of the same tokens in another order, which are common in low
+    layers, then have the same key to the last bit, and searching need not decide between them by rounding.
+    """
+    return keys.double().mean(dim=-2).float()

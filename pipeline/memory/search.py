@@ -9,29 +9,84 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.memory.scores import chosen_scores, rounding_bound, run_scores
 from pipeline.memory.view import MemoryView, Queries, Run
 
 NOTHING = float("-inf")
+MARGIN = 8  # candidates beyond the k-th whose scores are worked out again
+_LOW_BITS = 32
+_FLIP = 0x7FFFFFFF  # turns the bits of a negative float into an integer that grows with it
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """The chunks that each query reads, best first.
+    """The chunks that each query reads.
 
     Attributes:
-        scores: float32 `[Hkv, R, N, k']`, with `k' <= k`; `-inf` where fewer chunks are visible.
-        slots: int64, same shape; meaningless where the score is `-inf`.
+        keys: What chunks are chosen by, larger is better, int64 `[Hkv, R, N, k']` with `k' <= k`: the float32 score in
+            the upper half, the slot's order (`MemoryView.slot_order`) in the lower. No two chunks of a memory layer have
+            the same key for a query, so that equal scores are decided alike however the memory is split.
+        slots: int64, same shape; meaningless where nothing was found.
     """
 
-    scores: Tensor
+    keys: Tensor
     slots: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores, float32 `[Hkv, R, N, k']`; `-inf` where fewer chunks are visible."""
+        upper = self.keys >> _LOW_BITS
+        return torch.where(upper < 0, upper ^ _FLIP, upper).to(torch.int32).view(torch.float32)
 
     @property
     def valid(self) -> Tensor:
         """Which entries hold a chunk, bool `[Hkv, R, N, k']`."""
         return self.scores != NOTHING
+
+    def padded(self, k: int) -> Retrieved:
+        """The same with exactly `k` entries a query.
+
+        Args:
+            k: Not less than `k'`.
+
+        Returns:
+            What was found, and nothing in the other entries.
+        """
+        missing = k - self.keys.shape[-1]
+        if missing == 0:
+            return self
+        return Retrieved(F.pad(self.keys, (0, missing), value=EMPTY_KEY), F.pad(self.slots, (0, missing)))
+
+    def at_least(self, threshold: Tensor) -> Retrieved:
+        """Keeps what reaches a threshold.
+
+        Args:
+            threshold: Smallest key kept, int64 `[Hkv, R, N]`.
+
+        Returns:
+            The same entries, those below the threshold emptied.
+        """
+        return Retrieved(self.keys.masked_fill(self.keys < threshold[..., None], EMPTY_KEY), self.slots)
+
+
+def sort_keys(scores: Tensor, order: Tensor) -> Tensor:
+    """Packs scores and slot orders into keys.
+
+    Args:
+        scores: float32 `[...]`; `-inf`: nothing.
+        order: int64, broadcastable to it, from 0 to 2^31 - 1.
+
+    Returns:
+        int64 `[...]`; equal scores are ordered by `order`.
+    """
+    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: the two zeros are equal scores
+    return (torch.where(bits < 0, bits ^ _FLIP, bits) << _LOW_BITS) + order
+
+
+EMPTY_KEY = int(sort_keys(torch.tensor(NOTHING), torch.tensor(0)))
 
 
 def search(view: MemoryView, queries: Queries) -> Retrieved:
@@ -56,75 +111,91 @@ def search(view: MemoryView, queries: Queries) -> Retrieved:
         found = _with_torch(view, queries, run) if run.near else backend(view, queries, run)
         best = found if best is None else _best_of(best, found, view.settings.top_k_chunks)
     if best is None:
-        empty = queries.far[..., :0]
-        return Retrieved(empty, empty.long())
+        empty = queries.far[..., :0].long()
+        return Retrieved(empty, empty)
     return best
 
 
 def _best_of(first: Retrieved, second: Retrieved, k: int) -> Retrieved:
-    scores = torch.cat([first.scores, second.scores], dim=-1)
-    top = scores.topk(min(k, scores.shape[-1]), dim=-1)
+    keys = torch.cat([first.keys, second.keys], dim=-1)
+    top = keys.topk(min(k, keys.shape[-1]), dim=-1)
     return Retrieved(top.values, torch.cat([first.slots, second.slots], dim=-1).gather(-1, top.indices))
 
 
 def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
-    scores = _near_scores(view, queries, run) if run.near else _far_scores(view, queries, run)
+    scores = run_scores(view, queries, run)
     if view.settings.scope == "document":
         same = queries.documents[:, :, None] == view.slot_documents[:, None, run.start : run.stop]
         scores = scores.masked_fill(~same, NOTHING)
-    top = scores.topk(min(view.settings.top_k_chunks, scores.shape[-1]), dim=-1)
-    return Retrieved(top.values, top.indices + run.start)
+    k = min(view.settings.top_k_chunks, scores.shape[-1])
+    top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
+    everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
+    chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), everyone, k)
+    found = Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
+    open_ended = _is_open(view, queries, top.values, k)
+    if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
+        # More chunks than the margin score alike: look at all of them.
+        rows, bound = scores[open_ended], rounding_bound(view, queries)[open_ended][:, None]
+        alike = rows >= top.values[open_ended][:, k - 1 : k] - bound
+        top = rows.topk(int(alike.sum(dim=-1).max()), dim=-1)
+        again = _choose(view, queries, run, top.values, top.indices, open_ended.flatten().nonzero()[:, 0], k)
+        found.keys[open_ended], found.slots[open_ended] = again.keys, again.slots
+    return found
 
 
-def _far_scores(view: MemoryView, queries: Queries, run: Run) -> Tensor:
-    """Scores of a run by unrotated keys, `[Hkv, R, N, s]`."""
-    chunk_keys = view.chunk_keys[:, :, run.start : run.stop]
-    scores = torch.matmul(queries.far, chunk_keys.transpose(-1, -2)).mul_(view.geometry.scale)
-    far = torch.full((1, 1, 1, 1), float(view.rule.distance), device=scores.device)
-    bias = view.distance_bias(far, queries)
-    return scores if bias is None else scores.add_(bias)
+def _choose(
+    view: MemoryView, queries: Queries, run: Run, scores: Tensor, indices: Tensor, members: Tensor, k: int
+) -> Retrieved:
+    """Decides between candidates `[n, w]` of a run by scores that round alike wherever a chunk lies; `[n, k]`."""
+    slots = indices + run.start
+    exact = chosen_scores(view, queries, slots, members, near=run.near)
+    exact = exact.masked_fill(scores == NOTHING, NOTHING)
+    best = sort_keys(exact, view.slot_order[slots]).topk(k, dim=-1)
+    return Retrieved(best.values, slots.gather(-1, best.indices))
 
 
-def _near_scores(view: MemoryView, queries: Queries, run: Run) -> Tensor:
-    """Scores of a run with each chunk's real distance (up to the rule's limit), `[Hkv, R, N, s]`."""
-    centre = view.slot_offset[run.start : run.stop] + (view.chunk_size - 1) / 2
-    distance = (queries.offset[:, None] - centre)[None, None]  # [1, 1, N, s]
-    chunk_keys, first = view.chunk_keys, run.start
-    if view.geometry.encoding.inv_freq is not None:
-        chunk_keys, first = view.near_chunk_keys, int(view.near_index[run.start])
-    assert queries.near is not None
-    chunk_keys = chunk_keys[:, :, first : first + run.stop - run.start]
-    scores = torch.matmul(queries.near, chunk_keys.transpose(-1, -2)).mul_(view.geometry.scale)
-    bias = view.distance_bias(distance, queries)
-    scores = scores if bias is None else scores.add_(bias)
-    if view.rule.kind == "true":
-        return scores
-    return torch.where(distance <= view.rule.near_limit, scores, _far_scores(view, queries, run))
+def _is_open(view: MemoryView, queries: Queries, scores: Tensor, k: int) -> Tensor | None:
+    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, R, N]`; None: no query.
+
+    Args:
+        view: The memory layer.
+        queries: A block of queries.
+        scores: Candidates' scores, best first, `[Hkv, R, N, w]`.
+        k: Chunks wanted.
+    """
+    is_open = scores[..., -1] >= scores[..., k - 1] - rounding_bound(view, queries)
+    is_open &= scores[..., -1] != NOTHING
+    return is_open if bool(is_open.any()) else None
 
 
 def _with_faiss(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
     """The far part of the search by faiss's exact inner-product search, on the host."""
-    by_document = view.settings.scope == "document"
-    num_found = min(view.settings.top_k_chunks, run.stop - run.start)
-    scores = torch.full((*queries.far.shape[:-1], num_found), NOTHING)
-    slots = torch.zeros(scores.shape, dtype=torch.int64)
+    num_slots = run.stop - run.start
+    k = min(view.settings.top_k_chunks, num_slots)
+    scores = torch.full((*queries.far.shape[:-1], min(k + MARGIN, num_slots)), NOTHING)
+    indices = torch.zeros(scores.shape, dtype=torch.int64)
     chunk_keys, far = view.chunk_keys[:, :, run.start : run.stop].cpu(), queries.far.cpu()
     for row in range(view.num_rows):
-        every = torch.arange(run.stop - run.start)
-        groups = [(torch.arange(far.shape[2]), every)]
-        if by_document:
-            wanted, stored = queries.documents[row].cpu(), view.slot_documents[row, run.start : run.stop].cpu()
-            groups = [((wanted == d).nonzero()[:, 0], every[stored == d]) for d in wanted.unique()]
-        for members, columns in groups:
+        for members, columns in _searched_together(view, queries, run, row):
             for head in range(view.num_kv_heads if len(columns) else 0):
-                keys = chunk_keys[head, row] if not by_document else chunk_keys[head, row, columns]
-                value, index = _knn(far[head, row, members], keys, num_found)
+                value, index = _knn(far[head, row, members], chunk_keys[head, row, columns], scores.shape[-1])
                 scores[head, row, members, : value.shape[-1]] = value * view.geometry.scale
-                slots[head, row, members, : value.shape[-1]] = columns[index] + run.start
-    found = Retrieved(scores.to(view.device), slots.to(view.device))
-    far_distance = torch.full((1, 1, 1, 1), float(view.rule.distance), device=view.device)
-    bias = view.distance_bias(far_distance, queries)
-    return found if bias is None else Retrieved(found.scores + bias, found.slots)
+                indices[head, row, members, : value.shape[-1]] = columns[index]
+    scores, indices = scores.to(view.device), indices.to(view.device)
+    if scores.shape[-1] < num_slots and _is_open(view, queries, scores, k) is not None:
+        return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
+    everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
+    chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)
+    return Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
+
+
+def _searched_together(view: MemoryView, queries: Queries, run: Run, row: int) -> list[tuple[Tensor, Tensor]]:
+    """Queries of a row and the slots of a run that all of them see: by document under that scope, else all."""
+    members, columns = torch.arange(queries.far.shape[2]), torch.arange(run.stop - run.start)
+    if view.settings.scope != "document":
+        return [(members, columns)]
+    wanted, stored = queries.documents[row].cpu(), view.slot_documents[row, run.start : run.stop].cpu()
+    return [(members[wanted == document], columns[stored == document]) for document in wanted.unique()]
 
 
 def _knn(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

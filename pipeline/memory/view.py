@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -129,40 +130,69 @@ class MemoryView:
         self.runs = list(self._runs(slot_positions))
         # Positions are taken from the segment's start: small numbers keep rotary angles exact in float32.
         self.slot_offset = torch.from_numpy(slot_positions - start).to(bank.device)  # [S]
+        self.slot_order = self._slot_order(shape.num_lanes if joined else 1)
         self._rotate_near()
+
+    @cached_property
+    def largest_key(self) -> Tensor:
+        """Length of the longest chunk key, float32 `[Hkv, R]`."""
+        return self.chunk_keys.norm(dim=-1).amax(dim=-1)
 
     @property
     def num_visible(self) -> int:
         """Slots of a row that some query may see (documents aside)."""
         return sum(run.stop - run.start for run in self.runs)
 
-    def queries(self, far: Tensor, near: Tensor | None, tokens: slice) -> Queries:
-        """Takes a block of the segment's queries.
+    def queries(self, query: Tensor, tokens: slice) -> Queries:
+        """Prepares a block of the segment's queries.
 
         Args:
-            far: All queries against unrotated keys, float32 `[B, H, T, D]`.
-            near: All queries rotated to their place in the segment, or None where the rule reads no real distance.
-            tokens: Which tokens of the segment.
+            query: Unrotated queries of the block, float32 `[B, H, t, D]`.
+            tokens: Which tokens of the segment they are.
 
         Returns:
-            The block, grouped.
+            The block, grouped, rotated for far and for near keys.
         """
-        num_lanes, num_heads = far.shape[:2]
-        offset = torch.arange(tokens.start, tokens.stop, device=self.device)
+        num_lanes, num_heads = query.shape[:2]
+        offset = self._offset(tokens)
         repeats = num_heads // self.num_kv_heads * (num_lanes // self.num_rows)
-        slopes = self.geometry.encoding.slopes
+        encoding = self.geometry.encoding
+        slopes = encoding.slopes
         if slopes is not None:
             per_head = slopes.to(self.device).view(self.num_kv_heads, 1, -1, 1)
             per_lane = per_head.expand(-1, num_lanes // self.num_rows, -1, len(offset))
             slopes = per_lane.reshape(self.num_kv_heads, 1, -1)
         documents = self.query_documents[:, None, tokens].expand(-1, num_heads // self.num_kv_heads, -1)
         return Queries(
-            far=self.group(far[:, :, tokens]),
-            near=None if near is None or not len(self.near_slots) else self.group(near[:, :, tokens]),
+            far=self.group(self.rule.far_query(query, encoding)),
+            near=self.group(encoding.rotate(query, offset)) if len(self.near_slots) else None,
             offset=offset.repeat(repeats),
             documents=documents.reshape(self.num_rows, -1),
             slopes=slopes,
         )
+
+    def queries_backward(self, grad_far: Tensor, grad_near: Tensor | None, tokens: slice, *, num_lanes: int) -> Tensor:
+        """Gradient of `queries`: turns the rotations back.
+
+        Args:
+            grad_far: Gradient of `Queries.far`, `[Hkv, R, N, D]`.
+            grad_near: Gradient of `Queries.near`, or None.
+            tokens: Which tokens of the segment.
+            num_lanes: `B`.
+
+        Returns:
+            Gradient of the unrotated queries, float32 `[B, H, t, D]`.
+        """
+        sizes = {"num_lanes": num_lanes, "num_tokens": tokens.stop - tokens.start}
+        encoding = self.geometry.encoding
+        # A rotation's transpose is the rotation by the opposite angle.
+        grad = self.rule.far_query(self.ungroup(grad_far, **sizes), encoding, backward=True)
+        if grad_near is not None:
+            grad = grad + encoding.rotate(self.ungroup(grad_near, **sizes), -self._offset(tokens))
+        return grad
+
+    def _offset(self, tokens: slice) -> Tensor:
+        return torch.arange(tokens.start, tokens.stop, device=self.device)
 
     def group(self, x: Tensor) -> Tensor:
         """Groups heads by key/value head and lanes by row.
@@ -213,6 +243,18 @@ class MemoryView:
             for start, stop in edges.reshape(-1, 2).tolist():
                 for first in range(start, stop, SLOTS_PER_BLOCK):
                     yield Run(first, min(first + SLOTS_PER_BLOCK, stop), is_near)
+
+    def _slot_order(self, num_lanes: int) -> Tensor:
+        """A different number for each slot that decides between equal scores: the newer chunk, then the lower lane.
+
+        It depends on places in the lanes alone, so that it is the same whichever rank holds a chunk.
+
+        Returns:
+            int64 `[S]`, from 0 up to 2^31 - 1 for visible slots.
+        """
+        age = torch.div(-self.slot_offset, self.chunk_size, rounding_mode="floor")
+        lane = torch.arange(self.num_slots, device=self.device) // (self.num_slots // num_lanes)
+        return (2**31 - 1 - (age * num_lanes + lane)).clamp(0, 2**31 - 1)
 
     def _rotate_near(self) -> None:
         """Rotates the keys that are read at their real distance, once for all queries of the segment."""

@@ -48,8 +48,9 @@ def tag_of(key: str) -> str:
     """
     if "/" in key:
         return key
-    if key.startswith("phase_"):
-        return "phase/" + key.removeprefix("phase_")
+    for group in ("phase", "traffic"):
+        if key.startswith(f"{group}_"):
+            return f"{group}/" + key.removeprefix(f"{group}_")
     return TAGS.get(key, f"step/{key}")
 
 

@@ -17,6 +17,7 @@ from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
 from pipeline.config.schema import Config
 from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.exchange import Exchange
 from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.view import Geometry, ReadSettings
 from pipeline.model.loss import Head, token_losses
@@ -90,25 +91,29 @@ class LongMem:
         """Where tokens go and hidden states come from."""
         return next(self.sidenet.parameters()).device
 
-    def bank(self, num_lanes: int, *, num_tokens: int | None = None) -> MemoryBank:
-        """Makes an empty bank.
+    def bank(self, num_lanes: int, *, num_tokens: int | None = None, group_size: int = 1) -> MemoryBank:
+        """Makes an empty bank, one rank's shard of it.
 
         Args:
             num_lanes: `B`.
-            num_tokens: Tokens of a lane that are remembered; None: `memory.tokens`.
+            num_tokens: Tokens of a lane that the group remembers; None: `memory.tokens`.
+            group_size: `G`, ranks of the memory group.
 
         Returns:
-            A bank with room for them and for one segment more.
+            A bank with room for this rank's share of them, in whole segments, and for one segment more.
         """
         memory = self.config.memory
         dtype = self.config.train.precision if memory.dtype == "auto" else memory.dtype
         remembered = memory.tokens if num_tokens is None else num_tokens
+        segment_tokens = self.config.train.segment_tokens
+        if group_size > 1:  # every group_size-th segment is this rank's
+            remembered = -(-remembered // (segment_tokens * group_size)) * segment_tokens
         shape = BankShape(
             num_layers=len(self.geometries),
             num_lanes=num_lanes,
             num_kv_heads=self.backbone.num_kv_heads,
             head_dim=self.backbone.head_dim,
-            num_chunks=(remembered + self.config.train.segment_tokens) // memory.chunk_size,
+            num_chunks=(remembered + segment_tokens) // memory.chunk_size,
             chunk_size=memory.chunk_size,
         )
         device = torch.device("cpu") if memory.device == "host" else self.device
@@ -147,6 +152,7 @@ class LongMem:
         *,
         start: int,
         documents: Tensor,
+        exchange: Exchange | None = None,
         observe_ages: AgeObserver | None = None,
         timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> BankReader:
@@ -156,6 +162,7 @@ class LongMem:
             bank: The bank.
             start: Lane position of the segment's first token.
             documents: int64 `[B, T]`.
+            exchange: As in `BankReader`.
             observe_ages: As in `BankReader`.
             timed: As in `BankReader`.
 
@@ -168,6 +175,7 @@ class LongMem:
             self.geometries,
             start=start,
             documents=documents,
+            exchange=exchange,
             observe_ages=observe_ages,
             timed=timed,
         )

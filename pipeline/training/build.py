@@ -23,8 +23,10 @@ from pipeline.data.held_out import held_out_documents
 from pipeline.data.lanes import Lanes, check_documents
 from pipeline.data.store import TokenStore, check_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, together, world_size
+from pipeline.distributed.groups import MemoryGroup
+from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, world_size
 from pipeline.memory.bank import MemoryBank
+from pipeline.memory.exchange import Alone, RankGroup
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem, build, layout_of
 from pipeline.training.engine_owner import EngineOwner
@@ -103,12 +105,16 @@ def build_run(config: Config) -> Run:
     folder = Path(config.run.output_dir)
     on_rank_zero(lambda: check_folder(folder, config))
     resume_from = together(lambda: find_checkpoint(config, folder))
+    group = MemoryGroup.build(config.memory.group_size, timeout_s=config.run.collective_timeout_s)
     _seed(config.run.seed)
     model, engine, backbone_identity = build_model(config, device)
-    lanes = _lanes(config, stores.train, split)
-    bank = model.bank(split.lanes_per_group) if config.memory.enabled else None
+    lanes = _lanes(config, stores.train, split, group.number)
+    bank = model.bank(split.lanes_per_group, group_size=group.size) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
-    trainer = Trainer(model, engine, lanes, bank, timer=timer, num_segments=split.accumulation_steps)
+    exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
+    trainer = Trainer(
+        model, engine, lanes, bank, exchange=exchange, timer=timer, num_segments=split.accumulation_steps
+    )
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
@@ -208,8 +214,8 @@ def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[st
     }
 
 
-def _lanes(config: Config, store: TokenStore, split: WorldSplit) -> Lanes:
-    first = rank() // config.memory.group_size * split.lanes_per_group
+def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:
+    first = group * split.lanes_per_group
     return Lanes(
         store,
         num_lanes=config.data.lanes,

@@ -76,7 +76,8 @@ class Recorder:
             "gate_mean": float(self._gates().mean()),
             "memory_share": float(shares.mean()) if shares is not None else 0.0,
         }
-        self.writer.write(step, values, phases=result.phases)
+        traffic = {f"traffic_{purpose}_bytes": sent for purpose, sent in result.traffic.items()}
+        self.writer.write(step, {**values, **traffic}, phases=result.phases)
         if self._ages:
             self._histograms(step, shares)
         self._bar.set_postfix(loss=f"{result.loss:.3f}", tokens_per_s=f"{values['tokens_per_second']:.0f}")

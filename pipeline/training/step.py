@@ -20,6 +20,7 @@ from pipeline.data.lanes import Lanes, Segment
 from pipeline.distributed.ranks import gather, world_size
 from pipeline.errors import TrainingError
 from pipeline.memory.bank import MemoryBank
+from pipeline.memory.exchange import Exchange
 from pipeline.memory.reader import AgeObserver
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem
@@ -37,6 +38,7 @@ class StepResult:
         tokens: Tokens read by the job.
         seconds: Of the step.
         phases: Seconds of each phase on this rank.
+        traffic: Bytes that this rank sent for its memory group, by purpose.
     """
 
     loss: float
@@ -45,6 +47,7 @@ class StepResult:
     tokens: int
     seconds: float
     phases: dict[str, float]
+    traffic: dict[str, int]
 
 
 class Trainer:
@@ -53,8 +56,9 @@ class Trainer:
     Args:
         model: Backbone, SideNet and their engines.
         engine: The SideNet's engine.
-        lanes: This rank's lanes.
-        bank: This rank's memory, or None: memory is off.
+        lanes: The lanes of this rank's memory group.
+        bank: This rank's shard of the memory, or None: memory is off.
+        exchange: The memory group.
         timer: Takes the seconds of phases.
         num_segments: Segments of each lane that this rank reads in a step.
     """
@@ -66,10 +70,11 @@ class Trainer:
         lanes: Lanes,
         bank: MemoryBank | None,
         *,
+        exchange: Exchange,
         timer: PhaseTimer,
         num_segments: int,
     ) -> None:
-        self.model, self.engine, self.lanes, self.bank = model, engine, lanes, bank
+        self.model, self.engine, self.lanes, self.bank, self.exchange = model, engine, lanes, bank, exchange
         self.timer, self.num_segments = timer, num_segments
 
     def step(self, number: int, *, observe_ages: AgeObserver | None = None) -> StepResult:
@@ -91,7 +96,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.model.device)  # sum of losses, predicted tokens
         for micro in range(self.num_segments):
             with self.timer.phase("data"):
-                segment = self.lanes.next_segment()
+                segment = self._next_segment()
             losses, counted = self._forward(segment, observe_ages)
             totals += torch.stack([losses.detach().sum().double(), counted.double()])
             with self.timer.phase("backward"):
@@ -112,7 +117,15 @@ class Trainer:
             tokens=tokens,
             seconds=time.perf_counter() - begun,
             phases=self.timer.collect(),
+            traffic=self._collect_traffic(),
         )
+
+    def _next_segment(self) -> Segment:
+        """This rank's one of the group's next segments: the ranks of a group read consecutive ones of the same lanes."""
+        self.lanes.skip(self.exchange.rank)
+        segment = self.lanes.next_segment()
+        self.lanes.skip(self.exchange.size - 1 - self.exchange.rank)
+        return segment
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
         """Losses `[B, T]` of one segment of every lane, and how many of its tokens predict."""
@@ -131,6 +144,7 @@ class Trainer:
                 self.bank,
                 start=segment.start,
                 documents=documents,
+                exchange=self.exchange,
                 observe_ages=observe_ages,
                 timed=_phase(timer, "retrieve_and_read"),
             )
@@ -139,6 +153,11 @@ class Trainer:
         with timer.phase("loss"):
             losses = model.losses(hidden, targets)
         return losses, (targets >= 0).sum()
+
+    def _collect_traffic(self) -> dict[str, int]:
+        traffic = dict(self.exchange.traffic)
+        self.exchange.traffic.clear()
+        return traffic
 
     def _check_finite(self, number: int, totals: Tensor) -> None:
         """Adds the totals of all ranks up, and stops before the optimizer if some loss is not finite."""
@@ -164,7 +183,7 @@ class Trainer:
         """Share of the memory that is filled, of the last `memory.tokens` tokens of each lane."""
         if self.bank is None:
             return 0.0
-        remembered = self.bank.num_filled * self.bank.shape.chunk_size
+        remembered = self.bank.num_filled * self.bank.shape.chunk_size * self.exchange.size
         return min(1.0, remembered / self.model.config.memory.tokens)
 
 

@@ -28,7 +28,6 @@ Make = Callable[..., Config]
         ("--memory.tokens=true", "memory.tokens is not valid; got: True; expected: whole number >= 1"),
         ("--memory.enabled=1", "memory.enabled is not valid; got: 1; expected: true or false"),
         ("--memory.scope=rank", "memory.scope is not valid; got: 'rank'; expected: `document` or `lane` or `group`"),
-        ("--memory.group_size=2", "sharded memory is not available yet; do: set memory.group_size 1"),
         ("--memory.tokens=1022", "memory.tokens is not a multiple of memory.chunk_size; got: 1022 and 4; "
          "do: set memory.tokens to 1020 or 1024"),
         ("--memory.top_k_tokens=3", "memory.top_k_tokens is not a multiple of memory.chunk_size; got: 3 and 4; "

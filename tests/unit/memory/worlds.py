@@ -98,9 +98,7 @@ class World:
         """Chunks that the fast search finds: (lane, head, token) -> (lane, first position), best first."""
         settings, geometry = self.settings(search_by), geometry_of(self.attention)
         view = MemoryView(self.bank, 0, settings, geometry, start=start, documents=documents)
-        near = geometry.encoding.rotate(query, torch.arange(query.shape[2])) if len(view.near_slots) else None
-        far = view.rule.far_query(query, geometry.encoding)
-        got = search(view, view.queries(far, near, slice(0, query.shape[2])))
+        got = search(view, view.queries(query, slice(0, query.shape[2])))
         assert bool((got.scores[..., :-1] >= got.scores[..., 1:]).all()), "best first"
         everyone = torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist()
         if got.slots.shape[-1] == 0:

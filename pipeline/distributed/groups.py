@@ -1,0 +1,49 @@
+"""Memory groups: which ranks share one bank."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from pipeline.distributed.ranks import rank, world_size
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """The memory group of this rank: consecutive ranks, so that they sit on one node where they can.
+
+    Attributes:
+        number: Which group, from 0.
+        rank: This rank's number in it.
+        size: `G`.
+        process_group: For its collectives; None for a group of one.
+    """
+
+    number: int
+    rank: int
+    size: int
+    process_group: dist.ProcessGroup | None
+
+    @classmethod
+    def build(cls, size: int, *, timeout_s: int) -> MemoryGroup:
+        """Splits the ranks of the job into memory groups.
+
+        Collective: every rank of the job must call it.
+
+        Args:
+            size: `G`; divides the world size.
+            timeout_s: Seconds after which a collective of the group that does not end fails.
+
+        Returns:
+            This rank's group.
+        """
+        own = None
+        if size > 1:
+            for first in range(0, world_size(), size):  # every rank must take part in making every group
+                members = list(range(first, first + size))
+                made = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
+                if rank() in members:
+                    own = made
+        return cls(rank() // size, rank() % size, size, own)

@@ -1,0 +1,145 @@
+"""The collectives of a memory group, with what they cost; a group of one rank exchanges nothing.
+
+Shapes: `G` ranks of the group; `...` the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange(Protocol):
+    """How the ranks of a memory group talk.
+
+    Attributes:
+        size: `G`.
+        rank: This rank's number in the group: it reads segment `rank` of every `G` consecutive ones.
+        traffic: Bytes that this rank sent to others, by purpose.
+    """
+
+    size: int
+    rank: int
+    traffic: Counter[str]
+
+    def all_gather(self, x: Tensor, *, purpose: str) -> Callable[[], Tensor]:
+        """Starts to collect a tensor of every rank.
+
+        Collective: every rank of the group must call it.
+
+        Args:
+            x: `[...]`.
+            purpose: What the bytes are counted under.
+
+        Returns:
+            Waits for, and returns, `[G, ...]`, in rank order.
+        """
+        ...
+
+    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
+        """Gives part `g` of a tensor to rank `g`.
+
+        Collective: every rank of the group must call it.
+
+        Args:
+            x: `[G, ...]`.
+            purpose: What the bytes are counted under.
+
+        Returns:
+            What every rank had for this one, `[G, ...]`, in rank order.
+        """
+        ...
+
+
+class Alone:
+    """A group of one rank."""
+
+    size = 1
+    rank = 0
+
+    def __init__(self) -> None:
+        self.traffic: Counter[str] = Counter()
+
+    def all_gather(self, x: Tensor, *, purpose: str) -> Callable[[], Tensor]:
+        """Returns its argument.
+
+        Args:
+            x: `[...]`.
+            purpose: Unused.
+
+        Returns:
+            Returns `[1, ...]`.
+        """
+        return lambda: x[None]
+
+    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
+        """Returns its argument.
+
+        Args:
+            x: `[1, ...]`.
+            purpose: Unused.
+
+        Returns:
+            `x`.
+        """
+        return x
+
+
+class RankGroup:
+    """The ranks of a process group.
+
+    Args:
+        group: The process group; gloo for tensors on the CPU, NCCL on NVIDIA GPUs.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.traffic: Counter[str] = Counter()
+
+    def all_gather(self, x: Tensor, *, purpose: str) -> Callable[[], Tensor]:
+        """Starts to collect a tensor of every rank.
+
+        Collective: every rank of the group must call it.
+
+        Args:
+            x: `[...]`.
+            purpose: What the bytes are counted under.
+
+        Returns:
+            Waits for, and returns, `[G, ...]`.
+        """
+        x = x.contiguous()
+        gathered = x.new_empty((self.size, *x.shape))
+        self.traffic[purpose] += (self.size - 1) * x.numel() * x.element_size()
+        work = dist.all_gather(list(gathered.unbind(0)), x, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return gathered
+
+        return wait
+
+    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
+        """Gives part `g` of a tensor to rank `g`.
+
+        Collective: every rank of the group must call it.
+
+        Args:
+            x: `[G, ...]`.
+            purpose: What the bytes are counted under.
+
+        Returns:
+            `[G, ...]`, in rank order.
+        """
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        self.traffic[purpose] += (self.size - 1) * x[0].numel() * x.element_size()
+        dist.all_to_all_single(received, x, group=self.group)
+        return received

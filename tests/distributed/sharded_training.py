@@ -1,0 +1,141 @@
+"""Plain training of a tiny LongMem on the ranks of memory groups, for comparison with one rank: no DeepSpeed, no ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.data.lanes import Lanes
+from pipeline.distributed.groups import MemoryGroup
+from pipeline.distributed.ranks import gather, world_size
+from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from tests.tiny_longmem import TinyLongMem
+from tests.tiny_models import tiny_model
+
+SEGMENT = 16
+SEGMENTS_PER_STEP = 4
+LEARNING_RATE = 0.002
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting to train with.
+
+    Attributes:
+        family: Of the backbone.
+        sections: Overrides of the configuration.
+        lanes: Lanes of the job.
+        steps: Optimizer steps.
+        vocabulary: Different tokens in the text; few make many chunks alike, so that scores tie.
+        token_seed: Of the text.
+    """
+
+    family: str = "llama"
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lanes: int = 2
+    steps: int = 5
+    vocabulary: int = 96
+    token_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training said.
+
+    Attributes:
+        losses: Of each step, nats a token.
+        gradients: Of a step, name -> array, by step.
+        ages: Ages of all retrieved chunks, by (step, memory layer), sorted.
+        traffic: Bytes that this rank sent in the last step, by purpose.
+        bank_tokens: Tokens of a lane that this rank has room for.
+    """
+
+    losses: list[float]
+    gradients: list[dict[str, np.ndarray]]
+    ages: dict[tuple[int, int], np.ndarray]
+    traffic: dict[str, int]
+    bank_tokens: int
+
+
+class RandomText:
+    """Documents of random tokens, of lengths that are no multiple of anything."""
+
+    def __init__(self, case: Case) -> None:
+        generator = np.random.default_rng(case.token_seed)
+        self.lengths = generator.integers(21, 75, size=4 * case.lanes).astype(np.int64)
+        self._documents = [generator.integers(case.vocabulary, size=length) for length in self.lengths]
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens of a document."""
+        return self._documents[document][start:stop]
+
+
+def train(case: Case, group_size: int) -> Outcome:
+    """Trains on every rank of the world, `group_size` ranks to a memory group."""
+    group = MemoryGroup.build(group_size, timeout_s=60)
+    exchange: Exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
+    num_lanes = case.lanes * group_size // world_size()
+    torch.manual_seed(0)
+    sections = {"train": {"segment_tokens": SEGMENT}, **case.sections}
+    tiny = TinyLongMem(tiny_model(case.family), lanes=num_lanes, **sections)
+    model, tokens = tiny.longmem, SEGMENT * SEGMENTS_PER_STEP * case.lanes
+    bank = model.bank(num_lanes, group_size=group_size)
+    lanes = Lanes(
+        RandomText(case),
+        num_lanes=case.lanes,
+        lanes=range(group.number * num_lanes, (group.number + 1) * num_lanes),
+        segment_tokens=SEGMENT,
+        seed=1,
+    )
+    parameters = dict(model.sidenet.named_parameters())
+    losses, gradients, ages = [], [], {}
+    for step in range(case.steps):
+        total, seen = torch.zeros(1), {}
+        for _ in range(SEGMENTS_PER_STEP // group_size):
+            lanes.skip(group.rank)
+            segment = lanes.next_segment()
+            lanes.skip(group_size - 1 - group.rank)
+            inputs, targets, documents = map(torch.from_numpy, (segment.tokens, segment.targets, segment.documents))
+            encoding = model.encode(inputs, documents)
+            model.append(bank, encoding, start=segment.start, documents=documents)
+            reader = model.reader(
+                bank,
+                start=segment.start,
+                documents=documents,
+                exchange=exchange,
+                observe_ages=lambda layer, found, seen=seen: seen.setdefault(layer, []).append(found.numpy()),
+            )
+            loss = model.losses(model.hidden(encoding, reader), targets).sum() / tokens
+            loss.backward()
+            total += loss.detach()
+        for parameter in parameters.values():
+            assert parameter.grad is not None
+            _sum(parameter.grad)
+        _sum(total)
+        losses.append(float(total))
+        for layer in range(len(model.geometries)):
+            found = gather(np.concatenate(seen.get(layer, [np.zeros(0, dtype=np.int64)])))
+            ages[step, layer] = np.sort(np.concatenate(found))
+        gradients.append({name: parameter.grad.numpy().copy() for name, parameter in parameters.items()})
+        traffic = dict(exchange.traffic)
+        exchange.traffic.clear()
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= LEARNING_RATE * parameter.grad
+                parameter.grad = None
+    return Outcome(losses, gradients, ages, traffic, bank.shape.num_chunks * bank.shape.chunk_size)
+
+
+def train_all(cases: list[Case], group_size: int) -> list[Outcome]:
+    """Trains with one case after another, on ranks that are started once."""
+    return [train(case, group_size) for case in cases]
+
+
+def _sum(tensor: torch.Tensor) -> None:
+    if world_size() > 1:
+        dist.all_reduce(tensor)
