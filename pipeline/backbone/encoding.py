@@ -1,6 +1,7 @@
 """What the backbone says of one segment: taps, the calls of its layers, memory keys and values.
 
-Named tuples, not dataclasses: DeepSpeed's ZeRO-3 hooks walk through a module's output and know only built-in containers.
+Named tuples, not dataclasses: DeepSpeed's ZeRO-3 hooks walk through a module's output and know only containers that
+Python has built in.
 """
 
 from __future__ import annotations

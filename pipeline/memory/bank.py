@@ -1,6 +1,7 @@
 """One shard of the memory bank: for every memory layer and lane a ring of chunks.
 
-Shapes: `B` lanes, `Hkv` key/value heads, `C` chunks of a ring, `c` tokens of a chunk, `D` head size, `T` segment tokens.
+Shapes: `B` lanes, `Hkv` key/value heads, `C` chunks of a ring, `c` tokens of a chunk, `D` head size, `T` tokens of a
+segment.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class MemoryBank:
 def _chunk_keys(keys: Tensor) -> Tensor:
     """Mean keys of chunks `[..., c, D]`, float32 `[..., D]`.
 
-    Summed in float64, where the order does not show: chunks of the same tokens in another order, which are common in low
-    layers, then have the same key to the last bit, and searching need not decide between them by rounding.
+    Summed in float64, where the order does not show: chunks of the same tokens in another order, which are common in
+    low layers, then have the same key to the last bit, and searching need not decide between them by rounding.
     """
     return keys.double().mean(dim=-2).float()

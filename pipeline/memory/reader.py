@@ -98,9 +98,7 @@ class BankReader:
         """
         with self.timed():
             views = [
-                MemoryView(
-                    self.bank, layer, self.settings, self.geometries[layer], start=start, documents=documents
-                )
+                MemoryView(self.bank, layer, self.settings, self.geometries[layer], start=start, documents=documents)
                 for start, documents in zip(self._starts, self._documents, strict=True)
             ]
             observe = self.observe_ages

@@ -27,8 +27,8 @@ class Retrieved:
 
     Attributes:
         keys: What chunks are chosen by, larger is better, int64 `[Hkv, R, N, k']` with `k' <= k`: the float32 score in
-            the upper half, the slot's order (`MemoryView.slot_order`) in the lower. No two chunks of a memory layer have
-            the same key for a query, so that equal scores are decided alike however the memory is split.
+            the upper half, the slot's order (`MemoryView.slot_order`) in the lower. No two chunks of a memory layer
+            have the same key for a query, so that equal scores are decided alike however the memory is split.
         slots: int64, same shape; meaningless where nothing was found.
     """
 
@@ -162,6 +162,9 @@ def _is_open(view: MemoryView, queries: Queries, scores: Tensor, k: int) -> Tens
         queries: A block of queries.
         scores: Candidates' scores, best first, `[Hkv, R, N, w]`.
         k: Chunks wanted.
+
+    Returns:
+        The queries.
     """
     is_open = scores[..., -1] >= scores[..., k - 1] - rounding_bound(view, queries)
     is_open &= scores[..., -1] != NOTHING
@@ -200,7 +203,7 @@ def _searched_together(view: MemoryView, queries: Queries, run: Run, row: int) -
 
 def _knn(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` keys `[s, D]` with the largest inner product with each query `[n, D]`: scores and indices `[n, k']`."""
-    import faiss  # noqa: PLC0415  only those who choose it need it
+    import faiss
 
     value, index = faiss.knn(
         queries.contiguous().numpy(), keys.contiguous().numpy(), min(k, len(keys)), metric=faiss.METRIC_INNER_PRODUCT

@@ -8,7 +8,7 @@ Shapes: `B` lanes, `H` query heads, `Hkv` key/value heads, `D` head size, `C` ch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -37,7 +37,7 @@ class ReadSettings:
     num_tokens: int
     top_k_chunks: int
     scope: str = "lane"
-    rule: PositionRule = PositionRule("none")
+    rule: PositionRule = field(default_factory=lambda: PositionRule("none"))
     search: str = "torch"
     query_block_tokens: int = 64
 
@@ -248,6 +248,9 @@ class MemoryView:
         """A different number for each slot that decides between equal scores: the newer chunk, then the lower lane.
 
         It depends on places in the lanes alone, so that it is the same whichever rank holds a chunk.
+
+        Args:
+            num_lanes: Lanes that share a row of slots.
 
         Returns:
             int64 `[S]`, from 0 up to 2^31 - 1 for visible slots.

@@ -39,7 +39,7 @@ class Layout:
 
         Args:
             num_backbone_layers: Layers of the backbone.
-            layout: `uniform` (blocks evenly spread over the backbone) or `top` (one backbone layer a block, the last ones).
+            layout: `uniform` (blocks evenly spread over the backbone) or `top` (the last layers, each a block).
             num_layers: Layers of the SideNet; None: half the backbone's for `uniform`, all of them for `top`.
             memory_layers: SideNet layers that read memory, counted from 1; `all`; None: one, three quarters up.
             residual: `interleaved` or `paper`.

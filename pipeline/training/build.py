@@ -112,9 +112,7 @@ def build_run(config: Config) -> Run:
     bank = model.bank(split.lanes_per_group, group_size=group.size) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
     exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
-    trainer = Trainer(
-        model, engine, lanes, bank, exchange=exchange, timer=timer, num_segments=split.accumulation_steps
-    )
+    trainer = Trainer(model, engine, lanes, bank, exchange=exchange, timer=timer, num_segments=split.accumulation_steps)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,

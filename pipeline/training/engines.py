@@ -6,7 +6,9 @@ import datetime
 import logging
 import os
 import socket
+import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -51,6 +53,9 @@ def start_distributed(*, timeout_s: int) -> torch.device:
             "MASTER_PORT": str(port),
         }
         os.environ.update(alone)
+    # DeepSpeed compiles an extension here with the ninja that pip put beside this interpreter. Another version of it,
+    # or none, is what an environment that is not activated would find: it compiles everything again, or fails.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))

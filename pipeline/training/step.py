@@ -121,7 +121,7 @@ class Trainer:
         )
 
     def _next_segment(self) -> Segment:
-        """This rank's one of the group's next segments: the ranks of a group read consecutive ones of the same lanes."""
+        """This rank's one of the group's next segments: its ranks read consecutive ones of the same lanes."""
         self.lanes.skip(self.exchange.rank)
         segment = self.lanes.next_segment()
         self.lanes.skip(self.exchange.size - 1 - self.exchange.rank)

@@ -1,4 +1,4 @@
-"""Plain training of a tiny LongMem on the ranks of memory groups, for comparison with one rank: no DeepSpeed, no ZeRO."""
+"""Plain training of a tiny LongMem on the ranks of memory groups, to compare with one rank: no DeepSpeed, no ZeRO."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pipeline.data.lanes import Lanes
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import gather, world_size
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.reader import AgeObserver
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
 
@@ -95,7 +96,8 @@ def train(case: Case, group_size: int) -> Outcome:
     parameters = dict(model.sidenet.named_parameters())
     losses, gradients, ages = [], [], {}
     for step in range(case.steps):
-        total, seen = torch.zeros(1), {}
+        total = torch.zeros(1)
+        seen: dict[int, list[np.ndarray]] = {}
         for _ in range(SEGMENTS_PER_STEP // group_size):
             lanes.skip(group.rank)
             segment = lanes.next_segment()
@@ -108,25 +110,24 @@ def train(case: Case, group_size: int) -> Outcome:
                 start=segment.start,
                 documents=documents,
                 exchange=exchange,
-                observe_ages=lambda layer, found, seen=seen: seen.setdefault(layer, []).append(found.numpy()),
+                observe_ages=_recorder(seen),
             )
             loss = model.losses(model.hidden(encoding, reader), targets).sum() / tokens
             loss.backward()
             total += loss.detach()
         for parameter in parameters.values():
-            assert parameter.grad is not None
-            _sum(parameter.grad)
+            _sum(_gradient(parameter))
         _sum(total)
         losses.append(float(total))
         for layer in range(len(model.geometries)):
             found = gather(np.concatenate(seen.get(layer, [np.zeros(0, dtype=np.int64)])))
             ages[step, layer] = np.sort(np.concatenate(found))
-        gradients.append({name: parameter.grad.numpy().copy() for name, parameter in parameters.items()})
+        gradients.append({name: _gradient(parameter).numpy().copy() for name, parameter in parameters.items()})
         traffic = dict(exchange.traffic)
         exchange.traffic.clear()
         with torch.no_grad():
             for parameter in parameters.values():
-                parameter -= LEARNING_RATE * parameter.grad
+                parameter -= LEARNING_RATE * _gradient(parameter)
                 parameter.grad = None
     return Outcome(losses, gradients, ages, traffic, bank.shape.num_chunks * bank.shape.chunk_size)
 
@@ -134,6 +135,15 @@ def train(case: Case, group_size: int) -> Outcome:
 def train_all(cases: list[Case], group_size: int) -> list[Outcome]:
     """Trains with one case after another, on ranks that are started once."""
     return [train(case, group_size) for case in cases]
+
+
+def _recorder(seen: dict[int, list[np.ndarray]]) -> AgeObserver:
+    return lambda layer, ages: seen.setdefault(layer, []).append(ages.numpy())
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _sum(tensor: torch.Tensor) -> None:

@@ -70,7 +70,9 @@ def check_equal(expected: Outcome, got: Outcome) -> None:
         other = (wanted - found).total() + (found - wanted).total()
         # With equal weights, exactly the same; later, weights that differ in their last bits may swap two chunks that
         # score almost alike.
-        assert other <= (0 if place[0] == 0 else NEARLY_TIED * len(ages)), f"(step, layer) {place}: {other} of {len(ages)}"
+        assert other <= (0 if place[0] == 0 else NEARLY_TIED * len(ages)), (
+            f"(step, layer) {place}: {other} of {len(ages)}"
+        )
     for wanted, found in zip(expected.gradients, got.gradients, strict=True):
         for name, gradient in wanted.items():
             bound = TOLERANCE + GRADIENT_TOLERANCE * np.abs(gradient).max()
