@@ -127,7 +127,7 @@ def train(case: Case, group_size: int) -> Outcome:
         exchange.traffic.clear()
         with torch.no_grad():
             for parameter in parameters.values():
-                parameter -= LEARNING_RATE * _gradient(parameter)
+                parameter.add_(_gradient(parameter), alpha=-LEARNING_RATE)
                 parameter.grad = None
     return Outcome(losses, gradients, ages, traffic, bank.shape.num_chunks * bank.shape.chunk_size)
 

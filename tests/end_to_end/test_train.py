@@ -134,7 +134,7 @@ def test_one_rank_without_launcher_stops_goes_on_and_once_finished_does_nothing(
             "memory.top_k_tokens is not a multiple of memory.chunk_size; got: 18 and 4",
         ),
         (1, ["--train.segment_tokens", "18"], "train.segment_tokens is not a multiple of memory.chunk_size; got: 18"),
-        (1, ["--memory.group_size", "2"], "sharded memory is not available yet; do: set memory.group_size 1"),
+        (1, ["--memory.group_size", "2"], "memory.group_size does not divide the world size; got: 2 and 1 ranks; do:"),
     ],
 )
 def test_bad_settings_are_refused_in_words_and_nothing_is_written(yaml_file, folder, ranks, arguments, words):

@@ -120,7 +120,7 @@ def test_yaml_keeps_value_and_type(value: object) -> None:
 
 def test_settings_are_frozen(make: Make) -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        make().memory.tokens = 8  # type: ignore[misc]
+        make().memory.tokens = 8
 
 
 def test_derived_numbers(make: Make) -> None:

@@ -1,0 +1,191 @@
+"""What memory costs in a training step: phases and peak memory with memory off, 4k, 16k and 65,536 tokens full.
+
+One process, one rank, both DeepSpeed engines; the settings take turns, so that a drifting machine slows all alike. Peak
+memory is that of a process of its own for each setting. Banks are filled with the keys and values of real text; where
+the text is shorter than the bank it is repeated with noise of a tenth of their spread, so that no two chunks are alike.
+
+    python bench/step_time.py [--profile paper|deep] [--backbone DIR] [--segment-tokens 512] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.data.lanes import Segment
+from pipeline.data.stdlib import collect
+from pipeline.memory.bank import MemoryBank
+from pipeline.memory.exchange import Alone
+from pipeline.metrics.phases import PhaseTimer
+from pipeline.model.longmem import LongMem
+from pipeline.training.build import build_model
+from pipeline.training.engines import start_distributed
+from pipeline.training.step import StepResult, Trainer
+
+SIZES = (0, 4096, 16384, 65536)
+PROFILES = {
+    "paper": {"layout": "uniform"},
+    "deep": {"layout": "top", "memory_layers": "all", "fusion": "joint"},
+}
+POSITIONS = {"paper": "none", "deep": "clamp:512"}
+
+
+class TextLane:
+    """One lane of text, begun again when it ends; segments are numbered from where a bank ends."""
+
+    def __init__(self, tokens: np.ndarray, segment_tokens: int, bank: MemoryBank | None) -> None:
+        self.tokens, self.length, self.bank, self.read = tokens, segment_tokens, bank, 0
+
+    def next_segment(self) -> Segment:
+        """The next segment."""
+        span = (self.read + np.arange(self.length + 1)) % len(self.tokens)
+        self.read += self.length
+        text = self.tokens[span][None]
+        nothing = np.zeros((1, self.length), dtype=np.int64)
+        start = self.bank.end if self.bank else 0
+        return Segment(text[:, :-1], text[:, 1:], nothing, nothing, start=start, index=0, lanes=(0,))
+
+    def skip(self, num_segments: int) -> None:
+        """Goes on without reading."""
+        self.read += num_segments * self.length
+
+
+def read_text(backbone: str, num_tokens: int) -> np.ndarray:
+    """Tokens of the Python library's own sources."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    found: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        collect(Path(folder) / "text", min_bytes=30_000)
+        for path in sorted((Path(folder) / "text").iterdir()):
+            found += tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+            if len(found) >= num_tokens:
+                break
+    return np.array(found[:num_tokens], dtype=np.int64)
+
+
+def configure(profile: str, backbone: str, segment_tokens: int, folder: str) -> Config:
+    """The configuration of a profile, at the backbone's size."""
+    path = Path(folder) / "config.yaml"
+    settings = {
+        "run": {"output_dir": folder},
+        "backbone": {"path": backbone},
+        "data": {"path": folder, "lanes": 1},
+        "memory": {"tokens": SIZES[-1], "chunk_size": 4, "top_k_tokens": 64, "position": POSITIONS[profile]},
+        "sidenet": PROFILES[profile],
+        "train": {"steps": 1000, "segment_tokens": segment_tokens, "segments_per_step": 1, "learning_rate": 1e-6},
+    }
+    path.write_text(json.dumps(settings))
+    return load_config(str(path))
+
+
+@torch.no_grad()
+def filled_bank(model: LongMem, tokens: np.ndarray, size: int) -> MemoryBank:
+    """A bank with `size` tokens in it."""
+    bank, length = model.bank(1, num_tokens=size), model.config.train.segment_tokens
+    documents = torch.zeros(1, length, dtype=torch.int64)
+    text = torch.from_numpy(tokens[: len(tokens) // length * length])
+    encoded = [
+        [(kv.key.clone(), kv.value.clone()) for kv in model.encode(part[None], documents).memory]
+        for part in text[: 8 * length].split(length)
+    ]
+    for index in range(bank.shape.num_chunks * bank.shape.chunk_size // length):
+        segment = encoded[index % len(encoded)]
+        noisy = [tuple(x + 0.1 * x.std() * torch.randn_like(x) for x in pair) for pair in segment]
+        bank.append(noisy, start=index * length, documents=documents)
+    return bank
+
+
+def trainer_for(model: LongMem, engine: object, tokens: np.ndarray, size: int) -> Trainer:
+    """A trainer with a full bank of a size, 0 for none."""
+    bank = filled_bank(model, tokens, size) if size else None
+    lane = TextLane(tokens, model.config.train.segment_tokens, bank)
+    return Trainer(model, engine, lane, bank, exchange=Alone(), timer=PhaseTimer(), num_segments=1)  # type: ignore[arg-type]
+
+
+def peak_mib(build: Callable[[], Trainer]) -> float:
+    """Largest resident memory while a trainer is built and does two steps, MiB; what came before does not count."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far (loading the model)
+    trainer = build()
+    for step in (1, 2):
+        trainer.step(step)
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def measure_peak(arguments: argparse.Namespace, profile: str, size: int) -> float:
+    """Peak memory of a process that trains two steps, MiB."""
+    command = [sys.executable, __file__, "--profile", profile, "--peak", str(size), "--backbone", arguments.backbone]
+    command += ["--segment-tokens", str(arguments.segment_tokens)]
+    # Without the variables of this process's own job: the child starts one of its own.
+    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in job}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return float(output.strip().splitlines()[-1])
+
+
+def show(
+    profile: str, results: dict[int, list[StepResult]], peaks: dict[int, float], bank_mib: dict[int, float]
+) -> None:
+    """Prints the table of one profile."""
+    phases = ["backbone", "append", "retrieve_and_read", "sidenet", "loss", "backward", "optimizer"]
+    print(f"\nprofile {profile}: seconds of a step (medians of {len(results[0])})")
+    print(
+        f"{'memory tokens':>13} " + " ".join(f"{name[:9]:>9}" for name in [*phases, "step", "ratio", "bank MiB"]),
+        end="",
+    )
+    print(f" {'peak MiB':>9} {'growth / bank':>14}")
+    base = statistics.median(result.seconds for result in results[0])
+    for size, steps in results.items():
+        medians = [statistics.median(step.phases.get(name, 0.0) for step in steps) for name in phases]
+        seconds = statistics.median(step.seconds for step in steps)
+        cells = [*(f"{value:9.3f}" for value in medians), f"{seconds:9.3f}", f"{seconds / base:9.2f}"]
+        growth = f"{(peaks[size] - peaks[0]) / bank_mib[size]:14.2f}" if size else f"{'-':>14}"
+        print(f"{size:>13,} {' '.join(cells)} {bank_mib[size]:9.0f} {peaks[size]:9.0f} {growth}", flush=True)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=list(PROFILES))
+    parser.add_argument("--backbone", default=".cache/longmem/smollm2-135m")
+    parser.add_argument("--segment-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = start_distributed(timeout_s=600)
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokens = read_text(arguments.backbone, 40_000)
+    for profile in [arguments.profile] if arguments.profile else list(PROFILES):
+        with tempfile.TemporaryDirectory() as folder:
+            config = configure(profile, arguments.backbone, arguments.segment_tokens, folder)
+            model, engine, _ = build_model(config, device)
+            if arguments.peak is not None:
+                print(peak_mib(lambda: trainer_for(model, engine, tokens, arguments.peak)))
+                return
+            trainers = {size: trainer_for(model, engine, tokens, size) for size in SIZES}
+            results: dict[int, list[StepResult]] = {size: [] for size in SIZES}
+            for number in range(arguments.rounds + 1):
+                for size, trainer in trainers.items():
+                    result = trainer.step(number + 1)
+                    if number:  # the first round warms up
+                        results[size].append(result)
+            banks = {s: t.bank.shape.bytes(t.bank.dtype) / 2**20 if t.bank else 0.0 for s, t in trainers.items()}
+            del trainers, model, engine
+            show(profile, results, {size: measure_peak(arguments, profile, size) for size in SIZES}, banks)
+
+
+if __name__ == "__main__":
+    main()

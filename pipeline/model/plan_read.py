@@ -1,0 +1,111 @@
+"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.model.plan`; `S` slots of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pipeline.config.schema import Config
+from pipeline.memory.bank import BankShape
+from pipeline.memory.search import MARGIN
+from pipeline.memory.view import SLOTS_PER_BLOCK
+from pipeline.model.longmem import DTYPES
+from pipeline.model.shapes import BackboneShape
+from pipeline.model.traffic import FP32, INT64
+from pipeline.positions import PositionRule
+
+
+class ReadPart(NamedTuple):
+    """Name, bytes, formula, phases and remedy, as in `pipeline.model.plan.Part`."""
+
+    name: str
+    num_bytes: int
+    how: str
+    phases: tuple[str, ...]
+    remedy: str
+
+
+def read_parts(config: Config, shape: BackboneShape, bank: BankShape) -> Iterator[ReadPart]:
+    """What reading needs beside the bank.
+
+    Args:
+        config: The settings.
+        shape: The backbone.
+        bank: This rank's shard.
+
+    Yields:
+        Temporaries of a read, and what is kept until its backward pass.
+    """
+    memory, group_size = config.memory, config.memory.group_size
+    smaller = "a smaller memory.query_block_tokens"
+    block = _block_bytes(config, shape, bank)
+    yield ReadPart(
+        "one read of memory",
+        max(block.search, block.attend) + max(block.exchange_forward, block.exchange_backward),
+        "a block's scores [B H t, S] or its keys and values [B H t, k c, D], with the queries of G ranks",
+        ("sidenet", "backward"),
+        smaller,
+    )
+    queries = bank.num_lanes * shape.num_heads * config.train.segment_tokens
+    yield ReadPart(
+        "gradients of one read",
+        queries * (3 * shape.head_dim + 2) * FP32,
+        "B H T (3 D + 2), fp32",
+        ("backward",),
+        "a smaller train.segment_tokens",
+    )
+    near = _near_slots(config, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
+    kept = bank.num_layers * group_size * queries * memory.top_k_chunks * 2 * INT64
+    rotated = near * (bank.chunk_size + 1) * shape.head_dim * FP32 if shape.positions == "rotary" else 0
+    yield ReadPart(
+        "what reads keep",
+        kept + rotated,
+        "chosen chunks, G B H T k, and near keys rotated, of each memory layer",
+        ("sidenet", "loss", "backward"),
+        "fewer sidenet.memory_layers" + (", or a memory.position with fewer near tokens" if rotated > kept else ""),
+    )
+
+
+class _BlockBytes(NamedTuple):
+    search: int
+    attend: int
+    exchange_forward: int
+    exchange_backward: int
+
+
+def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _BlockBytes:
+    """Bytes of the steps of reading one block of queries."""
+    memory, dim, group_size = config.memory, shape.head_dim, config.memory.group_size
+    queries = bank.num_lanes * shape.num_heads * min(memory.query_block_tokens, config.train.segment_tokens)
+    slots = bank.num_chunks * (bank.num_lanes if memory.scope == "group" else 1)
+    run = min(slots, SLOTS_PER_BLOCK)
+    near = _near_slots(config, shape, bank) > 0
+    # Scores, and under `document` a masked copy with its mask (one for all heads that share a key/value head).
+    scores = queries * run * FP32 * (2 if memory.scope == "document" else 1)
+    scores += queries * run // bank.num_kv_heads if memory.scope == "document" else 0
+    candidates = queries * min(memory.top_k_chunks + MARGIN, run)
+    retrieved = queries * memory.top_k_tokens * dim
+    stored = DTYPES[config.memory_dtype].itemsize
+    copies = 2 * FP32 + (stored if stored < FP32 else 0) + (FP32 if near and shape.positions == "rotary" else 0)
+    copies += FP32 if memory.device == "host" else 0  # the CPU multiplies and sums in two steps
+    together = group_size > 1
+    offered = queries * memory.top_k_chunks * INT64 * together
+    return _BlockBytes(
+        search=scores + candidates * (2 * dim * FP32 + FP32 + INT64),
+        attend=retrieved * copies,
+        exchange_forward=group_size * (queries * dim * FP32 * (1 + near + 2 * together) + 2 * offered)
+        + 3 * group_size * queries * (dim + 2) * FP32 * together,
+        exchange_backward=group_size * queries * FP32 * (2 * (2 * dim + 2) * together + dim * (3 + near)),
+    )
+
+
+def _near_slots(config: Config, shape: BackboneShape, bank: BankShape) -> int:
+    """Slots of a lane in this shard that are read at their real distance, added up over the segments of the group."""
+    rule = PositionRule.parse(config.memory.position)
+    if shape.positions == "learned" or rule.kind in ("none", "fixed"):
+        return 0
+    everywhere = config.memory.group_size * bank.num_chunks
+    if rule.kind == "true":
+        return everywhere
+    # The last N tokens before each of G segments, a G-th of them here.
+    return min(everywhere, -(-rule.distance // bank.chunk_size) + config.memory.group_size)

@@ -1,0 +1,121 @@
+"""What a rank sends to others in one optimizer step, by formula.
+
+Counted are the bytes that leave a rank, with every collective done in the way that sends least: an all-gather sends the
+rank's own part to each other rank, an all-reduce of `n` bytes over `W` ranks `2 n (W - 1) / W` (a ring). The counters of
+`pipeline.memory.exchange.RankGroup` count alike.
+
+Shapes: `G` ranks of a memory group, `B` lanes of it, `H` query heads, `T` segment tokens, `D` head size, `k` chunks of
+a query, `W` ranks of the job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.config.world import WorldSplit
+from pipeline.model.shapes import BackboneShape
+
+FP32, INT64 = 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One purpose of traffic.
+
+    Attributes:
+        purpose: What for; that of the memory group as `RankGroup.traffic` names it.
+        collective: `all-gather`, `all-to-all` or `all-reduce`.
+        ranks: Over how many ranks.
+        num_bytes: Sent by one rank in one optimizer step.
+    """
+
+    purpose: str
+    collective: str
+    ranks: int
+    num_bytes: int
+
+
+def memory_traffic(config: Config, shape: BackboneShape, split: WorldSplit, *, num_memory_layers: int) -> list[Traffic]:
+    """What reading memory sends; nothing where every rank reads its own.
+
+    Args:
+        config: The settings.
+        shape: The backbone.
+        split: The share of each rank.
+        num_memory_layers: Memory layers.
+
+    Returns:
+        The traffic within the memory group.
+    """
+    group_size, dim = config.memory.group_size, shape.head_dim
+    if group_size == 1 or not config.memory.enabled:
+        return []
+    tokens = split.lanes_per_group * config.train.segment_tokens * split.accumulation_steps
+    queries = tokens * shape.num_heads * num_memory_layers
+    # With activation checkpointing the backward pass begins by reading once more.
+    reads = queries * (2 if config.sidenet.activation_checkpointing else 1)
+    sent = [
+        ("queries", "all-gather", reads * dim * FP32),
+        ("scores", "all-to-all", reads * config.memory.top_k_chunks * INT64),
+        ("thresholds", "all-gather", reads * INT64),
+        ("partials", "all-to-all", reads * (dim + 2) * FP32),
+        ("gradients", "all-gather", queries * (2 * dim + 2) * FP32),
+        ("query_gradients", "all-to-all", queries * dim * FP32),
+    ]
+    if config.memory.scope == "document":
+        sent.append(("documents", "all-gather", tokens * INT64))
+    return [Traffic(purpose, kind, group_size, (group_size - 1) * each) for purpose, kind, each in sent]
+
+
+def engine_traffic(
+    shape: BackboneShape,
+    split: WorldSplit,
+    *,
+    sidenet_parameters: int,
+    number_bytes: int,
+    kept_whole: int,
+) -> list[Traffic]:
+    """What the two DeepSpeed engines send.
+
+    Args:
+        shape: The backbone.
+        split: The share of each rank.
+        sidenet_parameters: Numbers of the SideNet.
+        number_bytes: Bytes of a parameter.
+        kept_whole: Largest parameter that ZeRO-3 leaves whole on every rank, once it was gathered.
+
+    Returns:
+        The traffic over all ranks.
+    """
+    world, steps = split.world_size, split.accumulation_steps
+    if world == 1:
+        return []
+
+    def gathered(parameters: tuple[int, ...]) -> int:
+        parts = sum(-(-numbers // world) for numbers in parameters if numbers > kept_whole)
+        return steps * (world - 1) * parts * number_bytes
+
+    sidenet = sidenet_parameters * number_bytes
+    # DeepSpeed's ZeRO-2 all-reduces its buckets, whatever its `reduce_scatter` is called, in every backward pass.
+    return [
+        Traffic("backbone: its layers, gathered to encode", "all-gather", world, gathered(shape.decoder)),
+        Traffic("backbone: its LM head, gathered for the loss", "all-gather", world, gathered(shape.head)),
+        Traffic("SideNet: gradients", "all-reduce", world, steps * 2 * (world - 1) * sidenet // world),
+        Traffic("SideNet: weights after the optimizer", "all-gather", world, (world - 1) * sidenet // world),
+    ]
+
+
+def zero_section(deepspeed: dict[str, Any], key: str, default: Any) -> Any:
+    """A value of the ZeRO section of a DeepSpeed configuration.
+
+    Args:
+        deepspeed: The completed JSON.
+        key: The key.
+        default: DeepSpeed's own value, where the file does not say.
+
+    Returns:
+        The value.
+    """
+    return deepspeed["zero_optimization"].get(key, default)
