@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def main() -> None:
             config = configure(profile, arguments.backbone, arguments.segment_tokens, folder)
             model, engine, _ = build_model(config, device)
             if arguments.peak is not None:
-                print(peak_mib(lambda: trainer_for(model, engine, tokens, arguments.peak)))
+                print(peak_mib(partial(trainer_for, model, engine, tokens, arguments.peak)))
                 return
             trainers = {size: trainer_for(model, engine, tokens, size) for size in SIZES}
             results: dict[int, list[StepResult]] = {size: [] for size in SIZES}

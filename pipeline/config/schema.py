@@ -102,7 +102,7 @@ class MemoryConfig(Section):
     scope: Literal["document", "lane", "group"] = "lane"
     """Which past a query sees: its own document's, its lane's, or that of all lanes of its memory group."""
     group_size: Count = 1
-    """Ranks that share one bank. Only 1 is available yet."""
+    """Ranks that share one bank and read it together. Divides the world size and train.segments_per_step."""
     search: Literal["torch", "faiss"] = "torch"
     """Exact search by blocked matrix products, or by a flat faiss index."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -27,7 +27,7 @@ class MemoryGroup:
     process_group: dist.ProcessGroup | None
 
     @classmethod
-    def build(cls, size: int, *, timeout_s: int) -> MemoryGroup:
+    def build(cls, size: int, *, timeout_s: int, on_host: bool = False) -> MemoryGroup:
         """Splits the ranks of the job into memory groups.
 
         Collective: every rank of the job must call it.
@@ -35,6 +35,7 @@ class MemoryGroup:
         Args:
             size: `G`; divides the world size.
             timeout_s: Seconds after which a collective of the group that does not end fails.
+            on_host: Whether its tensors are in host memory, whatever the accelerator: then gloo carries them.
 
         Returns:
             This rank's group.
@@ -43,7 +44,8 @@ class MemoryGroup:
         if size > 1:
             for first in range(0, world_size(), size):  # every rank must take part in making every group
                 members = list(range(first, first + size))
-                made = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
+                limit = datetime.timedelta(seconds=timeout_s)
+                made = dist.new_group(members, timeout=limit, backend="gloo" if on_host else None)
                 if rank() in members:
                     own = made
         return cls(rank() // size, rank() % size, size, own)

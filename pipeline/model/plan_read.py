@@ -1,4 +1,4 @@
-"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.model.plan`; `S` slots of a row."""
+"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.memory.view`."""
 
 from __future__ import annotations
 
@@ -10,58 +10,52 @@ from pipeline.memory.bank import BankShape
 from pipeline.memory.search import MARGIN
 from pipeline.memory.view import SLOTS_PER_BLOCK
 from pipeline.model.longmem import DTYPES
+from pipeline.model.plan_part import Part
 from pipeline.model.shapes import BackboneShape
 from pipeline.model.traffic import FP32, INT64
 from pipeline.positions import PositionRule
 
 
-class ReadPart(NamedTuple):
-    """Name, bytes, formula, phases and remedy, as in `pipeline.model.plan.Part`."""
-
-    name: str
-    num_bytes: int
-    how: str
-    phases: tuple[str, ...]
-    remedy: str
-
-
-def read_parts(config: Config, shape: BackboneShape, bank: BankShape) -> Iterator[ReadPart]:
+def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: str) -> Iterator[Part]:
     """What reading needs beside the bank.
 
     Args:
         config: The settings.
         shape: The backbone.
         bank: This rank's shard.
+        place: Where the shard is, and so where it is read.
 
     Yields:
         Temporaries of a read, and what is kept until its backward pass.
     """
     memory, group_size = config.memory, config.memory.group_size
-    smaller = "a smaller memory.query_block_tokens"
     block = _block_bytes(config, shape, bank)
-    yield ReadPart(
+    yield Part(
         "one read of memory",
         max(block.search, block.attend) + max(block.exchange_forward, block.exchange_backward),
         "a block's scores [B H t, S] or its keys and values [B H t, k c, D], with the queries of G ranks",
         ("sidenet", "backward"),
-        smaller,
+        place,
+        "a smaller memory.query_block_tokens",
     )
     queries = bank.num_lanes * shape.num_heads * config.train.segment_tokens
-    yield ReadPart(
+    yield Part(
         "gradients of one read",
         queries * (3 * shape.head_dim + 2) * FP32,
         "B H T (3 D + 2), fp32",
         ("backward",),
+        place,
         "a smaller train.segment_tokens",
     )
     near = _near_slots(config, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
     kept = bank.num_layers * group_size * queries * memory.top_k_chunks * 2 * INT64
     rotated = near * (bank.chunk_size + 1) * shape.head_dim * FP32 if shape.positions == "rotary" else 0
-    yield ReadPart(
+    yield Part(
         "what reads keep",
         kept + rotated,
         "chosen chunks, G B H T k, and near keys rotated, of each memory layer",
         ("sidenet", "loss", "backward"),
+        place,
         "fewer sidenet.memory_layers" + (", or a memory.position with fewer near tokens" if rotated > kept else ""),
     )
 

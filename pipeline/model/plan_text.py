@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.model.plan import ALWAYS, USABLE, Part, Plan
+from pipeline.model.plan import Plan
+from pipeline.model.plan_part import ALWAYS, Part
 
 GIB = 2**30
+USABLE = 0.9
+"""Share of an accelerator that a plan may fill: the rest is for its context, NCCL and fragments."""
 
 
 def in_words(num_bytes: int) -> str:

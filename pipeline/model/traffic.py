@@ -1,7 +1,7 @@
 """What a rank sends to others in one optimizer step, by formula.
 
-Counted are the bytes that leave a rank, with every collective done in the way that sends least: an all-gather sends the
-rank's own part to each other rank, an all-reduce of `n` bytes over `W` ranks `2 n (W - 1) / W` (a ring). The counters of
+Counted are the bytes that leave a rank: an all-gather sends the rank's own part to each other rank (or as much around a
+ring), an all-to-all each part to its rank, an all-reduce of `n` bytes `2 n (W - 1) / W` (a ring). The counters of
 `pipeline.memory.exchange.RankGroup` count alike.
 
 Shapes: `G` ranks of a memory group, `B` lanes of it, `H` query heads, `T` segment tokens, `D` head size, `k` chunks of

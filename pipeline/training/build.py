@@ -105,7 +105,11 @@ def build_run(config: Config) -> Run:
     folder = Path(config.run.output_dir)
     on_rank_zero(lambda: check_folder(folder, config))
     resume_from = together(lambda: find_checkpoint(config, folder))
-    group = MemoryGroup.build(config.memory.group_size, timeout_s=config.run.collective_timeout_s)
+    group = MemoryGroup.build(
+        config.memory.group_size,
+        timeout_s=config.run.collective_timeout_s,
+        on_host=config.memory.device == "host",
+    )
     _seed(config.run.seed)
     model, engine, backbone_identity = build_model(config, device)
     lanes = _lanes(config, stores.train, split, group.number)

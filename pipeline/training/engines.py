@@ -56,6 +56,9 @@ def start_distributed(*, timeout_s: int) -> torch.device:
     # DeepSpeed compiles an extension here with the ninja that pip put beside this interpreter. Another version of it,
     # or none, is what an environment that is not activated would find: it compiles everything again, or fails.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # Two environments that share torch's default folder would each compile again what the other compiled.
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pipeline.data.store import TokenStore
 from pipeline.distributed.ranks import gather, on_rank_zero, rank
+from pipeline.distributed.watch import Watch
 from pipeline.metrics.atomic import write_text
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
@@ -44,8 +45,21 @@ def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
         Optimizer steps done in all.
 
     Raises:
-        LongMemError: Training cannot go on; the last checkpoint is whole.
+        LongMemError: Training cannot go on, here or on another rank, which is named; the last checkpoint is whole.
     """
+    watch = Watch()
+    try:
+        return _train(run, evaluate, watch)
+    except Exception as error:
+        explained = watch.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        watch.stop()
+
+
+def _train(run: Run, evaluate: Evaluate | None, watch: Watch) -> int:
     config = run.config
     step = 0 if run.resume_from is None else run.checkpoints.load(run.resume_from, run.owners)
     on_rank_zero(lambda: claim(run.folder, config))
@@ -55,6 +69,7 @@ def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
         recorder = Recorder(config, run.model, writer, first_step=step)
         while step < last:
             step += 1
+            watch.at(f"step {step}")
             result = run.trainer.step(step, observe_ages=recorder.ages_observer(step))
             recorder.record(step, result, memory_fill=run.trainer.memory_fill)
             if step == last or _due(step, config.checkpoint.every_steps):

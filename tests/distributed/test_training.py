@@ -28,6 +28,8 @@ BROKEN_STEP = 3
 RECORDED = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds", "memory_fill", "gate_mean"}
 PHASES = ("backbone", "append", "retrieve_and_read", "sidenet", "loss", "backward", "optimizer", "data")
 
+TRAFFIC = ("queries", "scores", "thresholds", "partials", "gradients", "query_gradients")
+
 OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "base": {},
     "paper": {"sidenet": {"layout": "uniform", "memory_layers": None, "fusion": "gate"}},
@@ -126,8 +128,9 @@ def on_one_rank(configs: Mapping[str, Config], with_gradients_of: Config, spoile
     return found
 
 
-def on_two_ranks(config: Config, to_break: Config) -> dict[str, Any]:
+def on_two_ranks(config: Config, to_break: Config, sharded: Mapping[str, Config]) -> dict[str, Any]:
     found = with_gradients(config)
+    found["sharded"] = {name: with_gradients(shared) for name, shared in sharded.items()}
     found["broken"] = break_on_rank_one(to_break)
     return found
 
@@ -188,7 +191,16 @@ def one(tiny_run: TinyRun, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(tiny_run: TinyRun, folder: Path) -> list[dict[str, Any]]:
     configs = [tiny_run.config(folder / name, train={"steps": STEPS}) for name in ("two", "broken")]
-    return run_ranks(on_two_ranks, 2, *configs, init_process_group=False)
+    sharded = {
+        name: tiny_run.config(
+            folder / f"sharded {name}",
+            train={"steps": STEPS},
+            memory={"group_size": 2},
+            sidenet={"activation_checkpointing": name == "recomputed"},
+        )
+        for name in ("kept", "recomputed")
+    }
+    return run_ranks(on_two_ranks, 2, *configs, sharded, init_process_group=False, timeout_s=240)
 
 
 def of(metrics: list[dict[str, Any]], key: str) -> list[float]:
@@ -276,6 +288,15 @@ def test_two_ranks_compute_what_one_computes(one, two):
     assert [record["step"] for record in two[0]["metrics"]] == list(range(1, STEPS + 1))
     for name, weight in two[0]["weights"].items():
         assert torch.equal(weight, two[1]["weights"][name])
+
+
+@pytest.mark.parametrize("activations", ["kept", "recomputed"])
+def test_a_memory_group_of_two_ranks_computes_what_one_computes(one, two, activations):
+    for found in two:
+        assert_same_training(found["sharded"][activations], one["gradients"])
+    sent = two[0]["sharded"][activations]["metrics"][-1]
+    assert all(sent[f"traffic_{purpose}_bytes"] > 0 for purpose in TRAFFIC)
+    assert not any(key.startswith("traffic_") for key in two[0]["metrics"][-1]), "a group of one sends nothing"
 
 
 def test_what_a_step_records(one):

@@ -1,0 +1,249 @@
+"""Reading a sharded memory: seconds and bytes, against the two obvious alternatives.
+
+    ours       queries travel, partial results come back
+    all        every rank gathers all keys and values of the layer, then reads alone
+    retrieved  the scores travel as in ours, then the retrieved keys and values come to the query's owner
+
+The group reads the same query tokens together whatever its size: with `G` ranks each has `tokens / G` of them. One
+layer, forward and backward, one thread a rank, gloo on this machine. Bytes are those that one rank sends to others.
+
+    python bench/sharded_memory.py [--tokens 1024] [--heads 16] [--head-dim 64] [--memory 65536] [--ranks 1 2 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.reader import BankReader
+from pipeline.memory.search import search
+from pipeline.memory.view import Geometry, MemoryView, ReadSettings
+from pipeline.positions import PositionEncoding
+
+CHUNK, TOP_K = 4, 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is read: query tokens of the group, heads, head size, memory tokens of the group."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    memory: int
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of one rank: seconds of the forward and backward pass, bytes sent."""
+
+    forward: float
+    backward: float
+    sent: int
+
+
+def shard(sizes: Sizes, exchange: Exchange, segment: int) -> MemoryBank:
+    """This rank's full shard: every `G`-th segment of the past, keys and values random."""
+    own = sizes.memory // exchange.size
+    shape = BankShape(1, 1, sizes.heads, sizes.head_dim, own // CHUNK, CHUNK)
+    bank = MemoryBank(shape, dtype=sizes.dtype, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(exchange.rank)
+    for index in range(own // segment):
+        kv = [torch.randn(1, sizes.heads, segment, sizes.head_dim, generator=generator) for _ in range(2)]
+        start = (index * exchange.size + exchange.rank) * segment
+        bank.append([(kv[0], kv[1])], start=start, documents=torch.zeros(1, segment, dtype=torch.int64))
+    return bank
+
+
+def attend_to(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float) -> Tensor:
+    """Plain attention of each query `[n, D]` to its own keys `[n, m, D]`."""
+    logits = (key * query[:, None]).sum(-1) * scale
+    return (logits.masked_fill(~valid, float("-inf")).softmax(-1)[:, None] @ value)[:, 0]
+
+
+def read_ours(bank: MemoryBank, exchange: Exchange, settings: ReadSettings, query: Tensor, start: int) -> Tensor:
+    """The library's own read."""
+    documents = torch.zeros(1, query.shape[2], dtype=torch.int64)
+    geometry = Geometry(PositionEncoding(), query.shape[-1] ** -0.5)
+    return (
+        BankReader(bank, settings, [geometry], start=start, documents=documents, exchange=exchange)
+        .read(0, query)
+        .values
+    )
+
+
+def read_all(bank: MemoryBank, exchange: Exchange, settings: ReadSettings, query: Tensor, start: int) -> Tensor:
+    """Gathers every shard, then reads alone."""
+    store, shape = bank.layers[0], bank.shape
+    whole = MemoryBank(
+        replace(shape, num_chunks=shape.num_chunks * exchange.size), dtype=bank.dtype, device=bank.device
+    )
+    for target, part in zip(
+        (whole.layers[0].keys, whole.layers[0].values, whole.layers[0].chunk_keys),
+        (store.keys, store.values, store.chunk_keys),
+        strict=True,
+    ):
+        gathered = exchange.all_gather(part, purpose="bank")()  # [G, Hkv, B, C, ...]
+        target.copy_(gathered.movedim(0, 2).reshape(target.shape))
+    whole.positions[:] = range(0, len(whole.positions) * CHUNK, CHUNK)
+    whole.documents.zero_()
+    return read_ours(whole, Alone(), settings, query, start)
+
+
+def read_retrieved(bank: MemoryBank, exchange: Exchange, settings: ReadSettings, query: Tensor, start: int) -> Tensor:
+    """Brings each query's retrieved keys and values to its owner."""
+    length, dim, scale = query.shape[2], query.shape[-1], query.shape[-1] ** -0.5
+    documents = torch.zeros(1, length, dtype=torch.int64)
+    first = start - exchange.rank * length
+    geometry = Geometry(PositionEncoding(), scale)
+    views = [
+        MemoryView(bank, 0, settings, geometry, start=first + rank * length, documents=documents)
+        for rank in range(exchange.size)
+    ]
+    outputs = []
+    for at in range(0, length, settings.query_block_tokens):
+        tokens = slice(at, min(at + settings.query_block_tokens, length))
+        gathered = exchange.all_gather(query[:, :, tokens].detach(), purpose="queries")()
+        found = [
+            search(view, view.queries(block, tokens)).padded(TOP_K) for view, block in zip(views, gathered, strict=True)
+        ]
+        offered = exchange.all_to_all(torch.stack([one.keys for one in found]), purpose="scores")
+        threshold = offered.movedim(0, -2).flatten(-2).topk(TOP_K, dim=-1).values[..., -1]
+        smallest = exchange.all_gather(threshold, purpose="thresholds")()
+        found = [one.at_least(least) for one, least in zip(found, smallest, strict=True)]
+        heads = torch.arange(bank.shape.num_kv_heads)[:, None, None, None] * bank.shape.num_chunks
+        packed = []
+        for view, one in zip(views, found, strict=True):
+            key, value = view.keys[heads + one.slots], view.values[heads + one.slots]
+            packed.append(torch.cat([key, value], dim=-1) * one.valid[..., None, None])
+        received = exchange.all_to_all(torch.stack(packed), purpose="keys_and_values")  # [G, Hkv, R, N, k, c, 2 D]
+        mine = received.movedim(0, 3).flatten(3, 5).flatten(0, 2)
+        own = views[exchange.rank].group(query[:, :, tokens]).flatten(0, 2)
+        outputs.append(attend_to(own, mine[..., :dim], mine[..., dim:], (mine != 0).any(-1), scale))
+    return torch.cat(outputs)
+
+
+def measure(read: Callable[..., Tensor], sizes: Sizes, exchange: Exchange, rounds: int) -> Timing:
+    """Times one way of reading."""
+    segment = sizes.tokens // exchange.size
+    bank = shard(sizes, exchange, segment)
+    settings = ReadSettings(num_tokens=sizes.memory, top_k_chunks=TOP_K)
+    start = sizes.memory + exchange.rank * segment
+    forward, backward = [], []
+    for number in range(rounds + 1):
+        exchange.traffic.clear()
+        generator = torch.Generator().manual_seed(100 + exchange.rank)
+        query = torch.randn(1, sizes.heads, segment, sizes.head_dim, generator=generator).requires_grad_()
+        if exchange.size > 1:
+            dist.barrier()
+        times = [time.perf_counter()]
+        out = read(bank, exchange, settings, query, start)
+        times.append(time.perf_counter())
+        out.sum().backward()
+        times.append(time.perf_counter())
+        if number:
+            forward.append(times[1] - times[0])
+            backward.append(times[2] - times[1])
+    sent = sum(exchange.traffic.values())
+    return Timing(statistics.median(forward), statistics.median(backward), sent)
+
+
+def work(rank: int, size: int, port: int, jobs: list[tuple[str, Sizes]], rounds: int, queue: mp.Queue) -> None:
+    """One rank: every job in turn."""
+    torch.set_num_threads(1)
+    exchange: Exchange = Alone()
+    if size > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+        assert dist.group.WORLD is not None
+        exchange = RankGroup(dist.group.WORLD)
+    ways = {"ours": read_ours, "all": read_all, "retrieved": read_retrieved}
+    results = [measure(ways[name], sizes, exchange, rounds) for name, sizes in jobs]
+    if rank == 0:
+        queue.put(results)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def run(size: int, jobs: list[tuple[str, Sizes]], rounds: int) -> list[Timing]:
+    """Starts the ranks and returns rank 0's timings."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(work, (size, port, jobs, rounds, queue), nprocs=size, join=False)
+    results: list[Timing] = queue.get()
+    while not context.join():
+        pass
+    return results
+
+
+def formulas(sizes: Sizes, size: int) -> dict[str, int]:
+    """Bytes that one rank sends, by the formulas of docs/memory.md."""
+    n, d, tokens = sizes.heads * sizes.tokens // size, sizes.head_dim, CHUNK * TOP_K
+    search_bytes = n * (4 * d + 8 * TOP_K + 8)
+    ours = search_bytes + n * (4 * (d + 2) + 4 * (2 * d + 2) + 4 * d)
+    bank = sizes.memory // size * sizes.heads * d * (2 * sizes.dtype.itemsize + 4 // CHUNK)
+    return {
+        "ours": (size - 1) * ours,
+        "all": (size - 1) * bank,
+        "retrieved": (size - 1) * (search_bytes + n * tokens * 2 * d * 4),
+    }
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--memory", type=int, default=65536)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="keys and values in bf16")
+    parser.add_argument("--ours-only", action="store_true", help="leave the alternatives out")
+    arguments = parser.parse_args()
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    sizes = Sizes(arguments.tokens, arguments.heads, arguments.head_dim, arguments.memory, dtype)
+    titles = f"{'ranks':>5} {'memory':>9} {'way':>10} {'forward s':>10} {'backward s':>11} {'vs G=1':>7}"
+    print(f"{titles} {'MB sent':>9} {'formula':>9}")
+    alone: float | None = None
+    for size in arguments.ranks:
+        jobs = [("ours", sizes)]
+        if size > 1 and not arguments.ours_only:
+            jobs += [("all", sizes), ("retrieved", sizes)]
+        if not arguments.ours_only:
+            jobs.append(("ours", replace(sizes, memory=sizes.memory // 4 * size)))  # fixed memory per rank
+        for (way, job), timing in zip(jobs, run(size, jobs, arguments.rounds), strict=True):
+            total = timing.forward + timing.backward
+            alone = alone or total
+            ratio = f"{total / alone:7.2f}" if job.memory == sizes.memory else f"{'-':>7}"
+            print(
+                f"{size:>5} {job.memory:>9,} {way:>10} {timing.forward:10.3f} {timing.backward:11.3f} {ratio} "
+                f"{timing.sent / 1e6:9.1f} {formulas(job, size)[way] / 1e6:9.1f}",
+                flush=True,
+            )
+    eight = formulas(replace(sizes, tokens=sizes.tokens * 8), 8)
+    best = min(eight["all"], eight["retrieved"])
+    print(f"\nG = 8, {sizes.tokens} query tokens a rank, computed, MB sent: ", end="")
+    print(
+        ", ".join(f"{way} {sent / 1e6:,.0f}" for way, sent in eight.items()),
+        f"-> {best / eight['ours']:.1f} times fewer",
+    )
+
+
+if __name__ == "__main__":
+    main()

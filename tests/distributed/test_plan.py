@@ -1,0 +1,130 @@
+"""The plan held against what two ranks really hold and send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.config.schema import Config
+from tests.distributed.sharded_training import Case, train
+from tests.ranks import run_ranks
+from tests.tiny_config import tiny_config
+from tests.tiny_models import tiny_model
+from tests.tiny_run import TinyRun
+
+TOLERANCE = 0.1
+READS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "one memory layer": {},
+    "all, joint, clamp": {
+        "memory": {"position": "clamp:24"},
+        "sidenet": {"layout": "top", "memory_layers": "all", "fusion": "joint"},
+    },
+    "document, checkpointing": {
+        "memory": {"scope": "document", "top_k_tokens": 16},
+        "sidenet": {"activation_checkpointing": True},
+    },
+}
+
+
+def two_engines(config: Config) -> dict[str, Any]:
+    """Trains two steps; the bytes that this rank holds, and sent between engines in the second step."""
+    from pipeline.training.build import build_run
+    from pipeline.training.engines import partitioned_bytes
+
+    with counted() as sent:
+        run = build_run(config)
+        assert run.bank is not None
+        run.trainer.step(1)
+        sent.update({kind: 0 for kind in sent})
+        traffic = run.trainer.step(2).traffic
+    optimizer = run.trainer.engine.optimizer
+    masters = [part for group in optimizer.param_groups for part in group["params"]]
+    moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    return {
+        "backbone partition": partitioned_bytes(run.model.backbone),
+        "SideNet": sum(parameter.nbytes for parameter in run.model.sidenet.parameters()),
+        "optimizer": sum(t.nbytes for t in (*masters, *moments)),
+        "memory bank": sum(t.nbytes for s in run.bank.layers for t in (s.keys, s.values, s.chunk_keys)),
+        "traffic": traffic,
+        "sent": sent,
+    }
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts, while it is open, the bytes that DeepSpeed's engines send: the same reckoning as the plan's."""
+    sent = {"all-gather": 0, "all-reduce": 0}
+    others, gather, reduce = dist.get_world_size() - 1, dist.all_gather_into_tensor, dist.all_reduce
+
+    def all_gather_into_tensor(output: torch.Tensor, part: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["all-gather"] += others * part.nbytes
+        return gather(output, part, *args, **kwargs)
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["all-reduce"] += 2 * others * tensor.nbytes // (others + 1)
+        return reduce(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # DeepSpeed takes one of them when it starts, and the other where it joins several into one.
+        patch.setattr(dist, "all_gather_into_tensor", all_gather_into_tensor)
+        patch.setattr(dist.distributed_c10d, "all_gather_into_tensor", all_gather_into_tensor)
+        patch.setattr(dist, "all_reduce", all_reduce)
+        yield sent
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "group of 2"])
+def measured(
+    request, tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Config, list[Any]]]:
+    config = tiny_run.config(tmp_path_factory.mktemp("plan") / "run", memory={"group_size": request.param})
+    yield config, run_ranks(two_engines, 2, config, init_process_group=False)
+
+
+def test_bytes_are_what_the_ranks_hold(measured):
+    from pipeline.model.plan import make_plan
+    from pipeline.model.shapes import read_shape
+
+    config, ranks = measured
+    plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
+    for found in ranks:
+        assert found["memory bank"] == plan.part("memory bank").num_bytes
+        assert found["SideNet"] == plan.part("SideNet").num_bytes
+        for name in ("backbone partition", "optimizer"):
+            assert found[name] == pytest.approx(plan.part(name).num_bytes, rel=TOLERANCE)
+
+
+def test_traffic_is_what_the_ranks_send(measured):
+    from pipeline.model.plan import make_plan
+    from pipeline.model.shapes import read_shape
+
+    config, ranks = measured
+    plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
+    group = {t.purpose: t.num_bytes for t in plan.traffic if not t.purpose.startswith(("backbone", "SideNet"))}
+    engines = {
+        kind: sum(t.num_bytes for t in plan.traffic if t.purpose not in group and t.collective == kind)
+        for kind in ("all-gather", "all-reduce")
+    }
+    for found in ranks:
+        assert {name: number for name, number in found["traffic"].items() if number} == group
+        assert found["sent"] == pytest.approx(engines, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_memory_traffic_is_exactly_what_is_counted(name):
+    from pipeline.model.plan import make_plan
+    from pipeline.model.shapes import shape_of
+
+    case = Case(sections=READS[name], steps=2)
+    sections = {key: dict(value) for key, value in case.sections.items()}
+    sections["train"] = {"segment_tokens": 16, "segments_per_step": 4}
+    sections["memory"] = {**sections.get("memory", {}), "group_size": 2}
+    config = tiny_config(**sections, data={"lanes": case.lanes})
+    plan = make_plan(config, shape_of(tiny_model(case.family).config), world_size=2)
+    planned = {t.purpose: t.num_bytes for t in plan.traffic if not t.purpose.startswith(("backbone", "SideNet"))}
+    for found in run_ranks(train, 2, case, 2):
+        assert found.traffic == planned

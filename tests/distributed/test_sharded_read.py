@@ -1,0 +1,119 @@
+"""One read of a large sharded bank: 4 ranks x 16,384 tokens equal one rank with 65,536; traffic equals its formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.reader import BankReader
+from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.positions import PositionEncoding, PositionRule
+from tests.ranks import run_ranks
+
+HEADS, KV_HEADS, DIM, SEGMENT, CHUNK, TOP_K, BLOCK = 2, 1, 8, 256, 4, 16, 100
+RULE = PositionRule("clamp", 300)
+TOLERANCE = 1e-5  # float32; partial results are added in another order
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """What one rank saw of a read of the whole group's `ranks` segments.
+
+    Attributes:
+        values: Read by this rank's own queries, `[B, H, T, D]`.
+        gradient: Of those queries, same shape.
+        traffic: Bytes sent, by purpose.
+        held: Tokens of keys in this rank's shard.
+    """
+
+    values: torch.Tensor
+    gradient: torch.Tensor
+    traffic: dict[str, int]
+    held: int
+
+
+def random(seed: int, heads: int) -> torch.Tensor:
+    """Random `[1, heads, SEGMENT, DIM]`, the same on every rank."""
+    return torch.randn(1, heads, SEGMENT, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def read(num_tokens: int, segments: int, dtype: torch.dtype = torch.float32) -> list[Sharded]:
+    """Fills a bank and reads it for the next `segments` segments, with all ranks of the world."""
+    exchange: Exchange = Alone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        assert dist.group.WORLD is not None
+        exchange = RankGroup(dist.group.WORLD)
+    own = -(-num_tokens // (SEGMENT * exchange.size)) * SEGMENT + SEGMENT
+    bank = MemoryBank(BankShape(1, 1, KV_HEADS, DIM, own // CHUNK, CHUNK), dtype=dtype, device=torch.device("cpu"))
+    documents = torch.zeros(1, SEGMENT, dtype=torch.int64)
+
+    def append(index: int) -> None:
+        bank.append(
+            [(random(2 * index, KV_HEADS), random(2 * index + 1, KV_HEADS))], start=index * SEGMENT, documents=documents
+        )
+
+    first = num_tokens // SEGMENT
+    for index in range(exchange.rank, first, exchange.size):
+        append(index)
+    encoding = PositionEncoding(inv_freq=100.0 ** -(torch.arange(0, DIM, 2) / DIM))
+    settings = ReadSettings(num_tokens, TOP_K, rule=RULE, query_block_tokens=BLOCK)
+    results = []
+    for index in range(first + exchange.rank, first + segments, exchange.size):
+        append(index)
+        query = random(-index - 1, HEADS).requires_grad_()
+        reader = BankReader(
+            bank,
+            settings,
+            [Geometry(encoding, DIM**-0.5)],
+            start=index * SEGMENT,
+            documents=documents,
+            exchange=exchange,
+        )
+        exchange.traffic.clear()
+        found = reader.read(0, query)
+        (found.values.square().sum() + found.log_sum_exp.sum()).backward()
+        assert query.grad is not None
+        traffic = dict(exchange.traffic)
+        results.append(Sharded(found.values.detach(), query.grad, traffic, own))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_shards_of_16384_equal_one_bank_of_65536(dtype: torch.dtype) -> None:
+    alone = read(65536, 4, dtype)
+    for rank, found in enumerate(run_ranks(read, 4, 65536, 4, dtype)):
+        (sharded,) = found
+        assert sharded.held == 16384 + SEGMENT
+        torch.testing.assert_close(sharded.values, alone[rank].values, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(sharded.gradient, alone[rank].gradient, atol=TOLERANCE, rtol=0)
+    assert float(alone[0].values.abs().max()) > 0.1
+
+
+def formula(ranks: int) -> dict[str, int]:
+    """Bytes that a rank sends for one read, forward and backward, by docs/memory.md."""
+    queries = HEADS * SEGMENT
+    each = {
+        "queries": 4 * DIM,
+        "scores": 8 * TOP_K,
+        "thresholds": 8,
+        "partials": 4 * (DIM + 2),
+        "gradients": 4 * (2 * DIM + 2),
+        "query_gradients": 4 * DIM,
+    }
+    return {purpose: (ranks - 1) * queries * size for purpose, size in each.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_traffic_is_the_formula_whatever_is_remembered(ranks: int) -> None:
+    for num_tokens in (1024, 4096):
+        for (found,) in run_ranks(read, ranks, num_tokens, ranks):
+            assert found.traffic == formula(ranks)
+
+
+def test_a_group_of_one_sends_nothing() -> None:
+    assert read(1024, 1)[0].traffic == {}
