@@ -105,10 +105,12 @@ class Sizes:
         yield Part("gradients", FP32 * part, "fp32, / W (ZeRO-2)", ("backward", "optimizer"), remedy=spread)
         bucket = int(zero_section(self.sidenet_json, "reduce_bucket_size", REDUCE_BUCKET))
         buffers = 2 if zero_section(self.sidenet_json, "overlap_comm", False) else 1
+        oversized = self.shape.largest_in_layer if self.shape.largest_in_layer > bucket else 0
         yield Part(
             "reduce buckets",
-            number * (buffers + (world > 1)) * bucket,
-            f"{buffers} of reduce_bucket_size" + (", and one on its way" if world > 1 else ""),
+            number * (buffers * bucket + oversized + (world > 1) * max(bucket, oversized)),
+            f"{buffers} of reduce_bucket_size, a gradient that is larger"
+            + (", and the one on its way" if world > 1 else ""),
             ("backward",),
             remedy="a smaller reduce_bucket_size in train.deepspeed",
         )
@@ -216,12 +218,15 @@ class Sizes:
         shape, number = self.shape, self.number_bytes
         heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         saved = 2 * self._saved_by_norm() + number * (2 * heads + 2 * kv_heads + shape.mlp_saved * shape.mlp_size)
+        cast = number if number < FP32 else 0
+        if shape.is_fused and shape.positions == "rotary":
+            saved += number * 2 * heads  # values are a view of the fused output, which stays beside the rotated copies
         if self.config.backbone.attention == "eager" or shape.keeps_attention:
-            saved += shape.num_heads * self.config.train.segment_tokens * (FP32 + number)
+            saved += shape.num_heads * self.config.train.segment_tokens * (FP32 + cast)
         if not reads_memory or not self.config.memory.enabled:
             return saved
         # The query and what was read, in float32 and (where it differs) cast; the fused heads.
-        saved += heads * (2 * FP32 + (number if number < FP32 else 0) + number)
+        saved += heads * (2 * FP32 + cast + number)
         return saved + (FP32 * (heads + kv_heads) if self.config.sidenet.fusion == "joint" else 0)
 
 

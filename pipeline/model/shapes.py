@@ -41,8 +41,10 @@ class BackboneShape:
         mlp_saved: Tensors of that size that autograd keeps for the backward pass of one MLP.
         has_rms_norm: Whether norms are RMSNorms, which compute in float32 and keep it.
         keeps_attention: Whether attention is computed with its `[T, T]` weights whole, whatever is asked for.
+        is_fused: Whether queries, keys and values come out of one projection.
         positions: `rotary`, `alibi` or `learned`.
         layers: Parameters of each layer.
+        largest_in_layer: The largest parameter of a layer.
         norm: Parameters of the final norm.
         decoder: Each parameter of the decoder (embeddings, layers, final norm).
         head: Each parameter of the LM head.
@@ -58,8 +60,10 @@ class BackboneShape:
     mlp_saved: int
     has_rms_norm: bool
     keeps_attention: bool
+    is_fused: bool
     positions: str
     layers: tuple[int, ...]
+    largest_in_layer: int
     norm: int
     decoder: tuple[int, ...]
     head: tuple[int, ...]
@@ -139,8 +143,10 @@ def shape_of(config: Any) -> BackboneShape:
         mlp_saved=4 if is_gated else _SAVED_BY_ACTIVATION.get(activation, 2),
         has_rms_norm="RMSNorm" in type(backbone.norm).__name__,
         keeps_attention=config.model_type == "bloom",
+        is_fused=bool(backbone.family.fused),
         positions=backbone.family.positions,
         layers=tuple(sum(_numbers(layer)) for layer in backbone.layers),
+        largest_in_layer=max(numbers for layer in backbone.layers for numbers in _numbers(layer)),
         norm=sum(_numbers(backbone.norm)),
         decoder=_numbers(backbone.decoder),
         head=_numbers(head),

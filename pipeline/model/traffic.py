@@ -93,15 +93,22 @@ def engine_traffic(
     if world == 1:
         return []
 
-    def gathered(parameters: tuple[int, ...]) -> int:
-        parts = sum(-(-numbers // world) for numbers in parameters if numbers > kept_whole)
+    def gathered(parameters: tuple[int, ...], *, larger_than: int) -> int:
+        parts = sum(-(-numbers // world) for numbers in parameters if numbers > larger_than)
         return steps * (world - 1) * parts * number_bytes
 
     sidenet = sidenet_parameters * number_bytes
     # DeepSpeed's ZeRO-2 all-reduces its buckets, whatever its `reduce_scatter` is called, in every backward pass.
     return [
-        Traffic("backbone: its layers, gathered to encode", "all-gather", world, gathered(shape.decoder)),
-        Traffic("backbone: its LM head, gathered for the loss", "all-gather", world, gathered(shape.head)),
+        Traffic(
+            "backbone: its layers, gathered to encode",
+            "all-gather",
+            world,
+            gathered(shape.decoder, larger_than=kept_whole),
+        ),
+        Traffic(
+            "backbone: its LM head, gathered for the loss", "all-gather", world, gathered(shape.head, larger_than=0)
+        ),
         Traffic("SideNet: gradients", "all-reduce", world, steps * 2 * (world - 1) * sidenet // world),
         Traffic("SideNet: weights after the optimizer", "all-gather", world, (world - 1) * sidenet // world),
     ]

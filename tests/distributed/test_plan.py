@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,16 +33,17 @@ READS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def two_engines(config: Config) -> dict[str, Any]:
-    """Trains two steps; the bytes that this rank holds, and sent between engines in the second step."""
+    """Trains three steps; the bytes that this rank holds, and those that it sent in the third."""
     from pipeline.training.build import build_run
     from pipeline.training.engines import partitioned_bytes
 
     with counted() as sent:
         run = build_run(config)
         assert run.bank is not None
-        run.trainer.step(1)
+        for step in (1, 2):  # ZeRO-3 learns in the first passes what to keep
+            run.trainer.step(step)
         sent.update({kind: 0 for kind in sent})
-        traffic = run.trainer.step(2).traffic
+        traffic = run.trainer.step(3).traffic
     optimizer = run.trainer.engine.optimizer
     masters = [part for group in optimizer.param_groups for part in group["params"]]
     moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
@@ -59,11 +61,11 @@ def two_engines(config: Config) -> dict[str, Any]:
 def counted() -> Iterator[dict[str, int]]:
     """Counts, while it is open, the bytes that DeepSpeed's engines send: the same reckoning as the plan's."""
     sent = {"all-gather": 0, "all-reduce": 0}
-    others, gather, reduce = dist.get_world_size() - 1, dist.all_gather_into_tensor, dist.all_reduce
+    others, gather, reduce = int(os.environ["WORLD_SIZE"]) - 1, dist.all_gather_into_tensor, dist.all_reduce
 
-    def all_gather_into_tensor(output: torch.Tensor, part: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["all-gather"] += others * part.nbytes
-        return gather(output, part, *args, **kwargs)
+    def all_gather(output_tensor: Any, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["all-gather"] += others * input_tensor.nbytes
+        return gather(output_tensor, input_tensor, *args, **kwargs)
 
     def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sent["all-reduce"] += 2 * others * tensor.nbytes // (others + 1)
@@ -71,8 +73,8 @@ def counted() -> Iterator[dict[str, int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         # DeepSpeed takes one of them when it starts, and the other where it joins several into one.
-        patch.setattr(dist, "all_gather_into_tensor", all_gather_into_tensor)
-        patch.setattr(dist.distributed_c10d, "all_gather_into_tensor", all_gather_into_tensor)
+        patch.setattr(dist, "all_gather_into_tensor", all_gather)
+        patch.setattr(dist.distributed_c10d, "all_gather_into_tensor", all_gather)
         patch.setattr(dist, "all_reduce", all_reduce)
         yield sent
 

@@ -33,8 +33,10 @@ SHAPE = BackboneShape(
     mlp_saved=4,
     has_rms_norm=True,
     keeps_attention=False,
+    is_fused=False,
     positions="rotary",
     layers=(100, 100),
+    largest_in_layer=50,
     norm=4,
     decoder=(24, 100, 100, 4),
     head=(24,),
@@ -75,7 +77,7 @@ def sent(found: Plan) -> dict[str, int]:
 
 
 def test_backbone_in_parts(tmp_path):
-    found = plan(tmp_path, world_size=3)
+    found = plan(tmp_path, world_size=3, data={"lanes": 3})
     assert found.backbone_parameters == 228
     assert size(found, "backbone partition") == 2 * (8 + 34 + 34 + 2)  # each parameter padded to three parts
     assert size(found, "backbone kept whole") == 2 * 4
@@ -100,6 +102,8 @@ def test_sidenet_gradients_and_optimizer(tmp_path):
     assert size(found, "reduce buckets") == 2 * 2 * 1000  # one buffer and one on its way
     overlapping = plan(tmp_path, world_size=4, zero2={"overlap_comm": True})
     assert size(overlapping, "reduce buckets") == 2 * 3 * 1000
+    tiny_buckets = plan(tmp_path, world_size=4, zero2={"reduce_bucket_size": 20})
+    assert size(tiny_buckets, "reduce buckets") == 2 * (20 + 50 + 50)  # a gradient that no bucket holds, and its copy
 
 
 def test_offload_goes_to_the_host_and_to_the_disk(tmp_path):
@@ -113,7 +117,7 @@ def test_offload_goes_to_the_host_and_to_the_disk(tmp_path):
     assert places["backbone partition"] == "disk"
     assert {places[name] for name in ("optimizer", "memory bank", "one read of memory", "what reads keep")} == {"host"}
     assert found.peak("disk") == size(found, "backbone partition")
-    assert {part.place for part in found.at("backward")} == {"accelerator"}
+    assert not {part.name for part in found.at("backward")} & {"optimizer", "memory bank", "one read of memory"}
 
 
 def test_memory_bank_by_hand(tmp_path):
@@ -196,7 +200,7 @@ def test_traffic_of_memory_by_hand(tmp_path):
 
 
 def test_activation_checkpointing_trades_bytes_for_traffic(tmp_path):
-    sections = {"memory": {"group_size": 2}, "sidenet": {"activation_checkpointing": True}}
+    sections: dict[str, Any] = {"memory": {"group_size": 2}, "sidenet": {"activation_checkpointing": True}}
     plain, again = plan(tmp_path, memory={"group_size": 2}), plan(tmp_path, **sections)
     # One layer of the two, their inputs, and the final norm twice in bf16, once in fp32 and once in bf16.
     tokens = 4 * 16
@@ -227,16 +231,17 @@ class _Saved:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox", "opt", "bloom"])
 @pytest.mark.parametrize("fusion", ["gate", "joint"])
-def test_activations_are_what_autograd_keeps(family, fusion, tmp_path):
-    model = tiny_model(family)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(family, fusion, precision):
+    model = tiny_model(family).to(DTYPES[precision])
     side = {"layout": "top", "num_layers": 4, "memory_layers": [2], "fusion": fusion}
-    tiny = TinyLongMem(model, sidenet=side, train={"segment_tokens": 64}, memory={"tokens": 128})
+    tiny = TinyLongMem(model, sidenet=side, train={"segment_tokens": 64, "precision": precision})
     tokens = tiny_tokens((2, 64))
     tiny.remember(tokens, start=0)
     longmem = tiny.longmem
     encoding = longmem.encode(tokens, torch.zeros_like(tokens))
     reader = longmem.reader(tiny.bank, start=64, documents=torch.zeros_like(tokens))
-    saved = _Saved([*longmem.sidenet.parameters(), *encoding.taps.values()])
+    saved = _Saved(longmem.sidenet.parameters())
     with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
         longmem.hidden(encoding, reader)
     planned = make_plan(tiny.config, shape_of(model.config), world_size=1)
