@@ -15,6 +15,7 @@ from tests.ranks import run_ranks
 TOLERANCE = 1e-5  # float32; partial results are added in another order
 NEARLY_TIED = 2e-3
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
+LATER_TOLERANCE = 2e-3  # the same after the first step, when weights differ in their last bits (one swapped chunk: 1e-3)
 DEEP: Mapping[str, Any] = {"layout": "top", "memory_layers": "all", "fusion": "joint"}
 MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, "query_block_tokens": 6}
 
@@ -74,9 +75,9 @@ def check_equal(expected: Outcome, got: Outcome) -> None:
         # score almost alike.
         allowed = 0 if place[0] == 0 else NEARLY_TIED * len(ages)
         assert other <= allowed, f"(step, layer) {place}: {other} of {len(ages)}"
-    for wanted, found in zip(expected.gradients, got.gradients, strict=True):
+    for step, (wanted, found) in enumerate(zip(expected.gradients, got.gradients, strict=True)):
         for name, gradient in wanted.items():
-            bound = TOLERANCE + GRADIENT_TOLERANCE * np.abs(gradient).max()
+            bound = TOLERANCE + (LATER_TOLERANCE if step else GRADIENT_TOLERANCE) * np.abs(gradient).max()
             np.testing.assert_allclose(found[name], gradient, rtol=0, atol=bound, err_msg=name)
 
 
