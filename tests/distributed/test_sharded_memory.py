@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 TOLERANCE = 1e-5  # float32; partial results are added in another order
 NEARLY_TIED = 2e-3
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
-LATER_TOLERANCE = 2e-3  # the same after the first step, when weights differ in their last bits (one swapped chunk: 1e-3)
+LATER_TOLERANCE = 2e-3  # the same once weights differ in their last bits (one swapped chunk makes 1e-3)
 DEEP: Mapping[str, Any] = {"layout": "top", "memory_layers": "all", "fusion": "joint"}
 MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, "query_block_tokens": 6}
 
