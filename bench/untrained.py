@@ -141,7 +141,7 @@ def main() -> None:
     num_layers = model.config.num_hidden_layers
     every = range(1, num_layers + 1)
     backbone = Backbone(model, taps=range(num_layers + 1), calls=every, memory_layers=every)
-    novel = ids[: 6144 + 1]
+    novel = ids[: 4096 + 1]
     again = torch.cat([ids[:2048], *[ids[at : at + SEGMENT] for at in PASSAGES]])
     encoded = {}
     for name, tokens in (("novel", novel), ("again", again)):
@@ -154,7 +154,7 @@ def main() -> None:
             continue
         begun = time.perf_counter()
         # Each segment of the novel sees the 2,048 to 4,096 tokens before it: a memory of 4,096, scored from 2,048 on.
-        left = perplexity(row, backbone, arguments.backbone, encoded["novel"][:16], novel, 8, 4096)
+        left = perplexity(row, backbone, arguments.backbone, encoded["novel"], novel, 8, 4096)
         right = perplexity(row, backbone, arguments.backbone, encoded["again"], again, 8, 2048)
         print(f"{row.name:44} {left:8.2f} {right:8.2f} {time.perf_counter() - begun:8.1f}", flush=True)
 

@@ -179,19 +179,15 @@ class Backbone(nn.Module):
             self._mask_documents = None
 
     @contextmanager
-    def head_parameters(self, *, norm: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def head_parameters(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Makes the LM head whole while the context is open.
 
         Collective: with a partitioned backbone every rank must enter together.
 
-        Args:
-            norm: Whether the final norm is made whole too.
-
         Yields:
             Weight `[V, E]` and bias `[V]` (or None).
         """
-        parameters = [*self.head.parameters(), *(self.norm.parameters() if norm else ())]
-        with self.gather(parameters):
+        with self.gather(list(self.head.parameters())):
             yield self.head.weight, getattr(self.head, "bias", None)  # type: ignore[misc]
 
     def _split(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,11 +138,6 @@ class MemoryView:
         """Length of the longest chunk key, float32 `[Hkv, R]`."""
         return self.chunk_keys.norm(dim=-1).amax(dim=-1)
 
-    @property
-    def num_visible(self) -> int:
-        """Slots of a row that some query may see (documents aside)."""
-        return sum(run.stop - run.start for run in self.runs)
-
     def queries(self, query: Tensor, tokens: slice) -> Queries:
         """Prepares a block of the segment's queries.
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
 from pipeline.config.schema import Config
-from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.bank import BankShape, MemoryBank, ring_chunks
 from pipeline.memory.exchange import Exchange
 from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.view import Geometry, ReadSettings
@@ -104,16 +104,18 @@ class LongMem:
         """
         memory = self.config.memory
         dtype = self.config.train.precision if memory.dtype == "auto" else memory.dtype
-        remembered = memory.tokens if num_tokens is None else num_tokens
-        segment_tokens = self.config.train.segment_tokens
-        if group_size > 1:  # every group_size-th segment is this rank's
-            remembered = -(-remembered // (segment_tokens * group_size)) * segment_tokens
+        num_chunks = ring_chunks(
+            memory.tokens if num_tokens is None else num_tokens,
+            segment_tokens=self.config.train.segment_tokens,
+            chunk_size=memory.chunk_size,
+            group_size=group_size,
+        )
         shape = BankShape(
             num_layers=len(self.geometries),
             num_lanes=num_lanes,
             num_kv_heads=self.backbone.num_kv_heads,
             head_dim=self.backbone.head_dim,
-            num_chunks=(remembered + segment_tokens) // memory.chunk_size,
+            num_chunks=num_chunks,
             chunk_size=memory.chunk_size,
         )
         device = torch.device("cpu") if memory.device == "host" else self.device

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit
-from pipeline.memory.bank import BankShape
+from pipeline.memory.bank import BankShape, ring_chunks
 from pipeline.model.longmem import DTYPES, layout_of
 from pipeline.model.plan_part import Part
 from pipeline.model.plan_read import read_parts
@@ -245,11 +245,14 @@ def bank_shape(config: Config, shape: BackboneShape, *, num_layers: int, num_lan
     Returns:
         The shard's sizes.
     """
-    remembered, segment = config.memory.tokens, config.train.segment_tokens
-    if config.memory.group_size > 1:
-        remembered = -(-remembered // (segment * config.memory.group_size)) * segment
-    num_chunks = (remembered + segment) // config.memory.chunk_size
-    return BankShape(num_layers, num_lanes, shape.num_kv_heads, shape.head_dim, num_chunks, config.memory.chunk_size)
+    memory = config.memory
+    num_chunks = ring_chunks(
+        memory.tokens,
+        segment_tokens=config.train.segment_tokens,
+        chunk_size=memory.chunk_size,
+        group_size=memory.group_size,
+    )
+    return BankShape(num_layers, num_lanes, shape.num_kv_heads, shape.head_dim, num_chunks, memory.chunk_size)
 
 
 def _offload(deepspeed: dict[str, Any], section: str) -> str | None:

@@ -92,7 +92,7 @@ def test_partitioned_parameters_are_gathered_one_by_one_for_identity() -> None:
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_head_and_norm_are_made_whole_together(family: str) -> None:
+def test_the_head_alone_is_made_whole(family: str) -> None:
     model = tiny_model(family, layers=1)
     gathered: list[int] = []
 
@@ -102,7 +102,7 @@ def test_head_and_norm_are_made_whole_together(family: str) -> None:
         yield
 
     backbone = Backbone(model, gather=gather)
-    with backbone.head_parameters(norm=True) as (weight, bias):
+    with backbone.head_parameters() as (weight, bias):
         assert weight is model.get_output_embeddings().weight
         assert bias is None
-    assert gathered == [id(weight), *(id(parameter) for parameter in backbone.norm.parameters())]
+    assert gathered == [id(weight)]
