@@ -83,6 +83,8 @@ class Watch:
     def _signs(self, mine: str) -> dict[int, str]:
         """Tells the others, waits until they have told or the grace is over; who is to blame, in words."""
         store = self._stores[0]
+        # At once: a launcher that sees a rank die leaves the others a second or so.
+        print(f"rank {rank()} failed in {self._last(rank())}: {mine}", file=sys.stderr, flush=True)
         store.set(f"watch/failed/{rank()}", mine)
         store.set("watch/failed", "yes")
         told: dict[int, str] = {}

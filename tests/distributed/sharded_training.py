@@ -34,6 +34,7 @@ class Case:
         steps: Optimizer steps.
         vocabulary: Different tokens in the text; few make many chunks alike, so that scores tie.
         token_seed: Of the text.
+        segment: Tokens of a segment.
     """
 
     family: str = "llama"
@@ -42,6 +43,7 @@ class Case:
     steps: int = 5
     vocabulary: int = 96
     token_seed: int = 0
+    segment: int = SEGMENT
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,15 @@ def train(case: Case, group_size: int) -> Outcome:
     exchange: Exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
     num_lanes = case.lanes * group_size // world_size()
     torch.manual_seed(0)
-    sections = {"train": {"segment_tokens": SEGMENT}, **case.sections}
+    sections = {"train": {"segment_tokens": case.segment}, **case.sections}
     tiny = TinyLongMem(tiny_model(case.family), lanes=num_lanes, **sections)
-    model, tokens = tiny.longmem, SEGMENT * SEGMENTS_PER_STEP * case.lanes
+    model, tokens = tiny.longmem, case.segment * SEGMENTS_PER_STEP * case.lanes
     bank = model.bank(num_lanes, group_size=group_size)
     lanes = Lanes(
         RandomText(case),
         num_lanes=case.lanes,
         lanes=range(group.number * num_lanes, (group.number + 1) * num_lanes),
-        segment_tokens=SEGMENT,
+        segment_tokens=case.segment,
         seed=1,
     )
     parameters = dict(model.sidenet.named_parameters())

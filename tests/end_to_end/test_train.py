@@ -22,8 +22,8 @@ STEPS = 4
 TIMEOUT_S = 240  # the first start on a machine compiles an extension of DeepSpeed
 
 
-def launch(arguments: list[str], *, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Starts launch/train.py as a user would."""
+def command_line(arguments: list[str], *, ranks: int) -> tuple[list[str], dict[str, str]]:
+    """How a user starts launch/train.py: command and environment."""
     command = [sys.executable]
     if ranks > 1:
         with socket.socket() as probe:
@@ -34,7 +34,12 @@ def launch(arguments: list[str], *, ranks: int) -> subprocess.CompletedProcess[s
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     # The launcher starts `python`: the one beside it.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command += [str(ROOT / "launch" / "train.py"), *arguments]
+    return [*command, str(ROOT / "launch" / "train.py"), *arguments], environment
+
+
+def launch(arguments: list[str], *, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Starts launch/train.py and waits for its end."""
+    command, environment = command_line(arguments, ranks=ranks)
     return subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT, env=environment, check=False
     )
