@@ -21,16 +21,20 @@ def explained() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     try:
         yield
     except LongMemError as error:
-        if local_rank == "0" or f"rank {rank}" in str(error):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or f"rank {_rank()}" in str(error):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except Exception:
-        print(f"\nrank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(f"\nrank {_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         _leave(1)
+
+
+def _rank() -> str:
+    """This process's rank; under MPI known only after the job was joined, so asked for when it is needed."""
+    return os.environ.get("RANK", "0")
 
 
 def _leave(code: int) -> None:

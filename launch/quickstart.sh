@@ -7,6 +7,7 @@
 #
 # Every other option goes to launch/train.py. Run again, it goes on where it stopped, or shows what it found.
 set -euo pipefail
+here="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cache=.cache/longmem
@@ -17,7 +18,8 @@ while (($#)); do
   case "$1" in
     --text)
       [[ -n "${2:-}" ]] || { echo "quickstart: --text needs a folder of .txt files" >&2; exit 2; }
-      text="$2"
+      text="$(cd "$here" && cd "$2" 2>/dev/null && pwd)" || { echo "quickstart: --text $2 is not a folder" >&2; exit 2; }
+      [[ -n "$(find "$text" -name '*.txt' -print -quit)" ]] || { echo "quickstart: --text $2 has no .txt files" >&2; exit 2; }
       shift 2
       ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -37,7 +39,6 @@ python launch/prepare_backbone.py --output $cache/smollm2-135m
 say "data"
 if [[ -n "$text" ]]; then
   # One store for each folder as it is now: other or changed books make another one.
-  [[ -d "$text" ]] || { echo "quickstart: --text $text is not a folder" >&2; exit 2; }
   mark="$(cd "$text" && find "$PWD" -name '*.txt' -printf '%p %s %T@\n' | sort | sha256sum | cut -c1-12)"
   data="$cache/text-$mark"
   overrides=(--data.path "$data" --run.output_dir "runs/quickstart-$mark" "${overrides[@]}")

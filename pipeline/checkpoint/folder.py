@@ -166,8 +166,9 @@ class Checkpoints:
     def _publish(self, work: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():  # the same step, saved before an interruption: the new one is as good
-            shutil.rmtree(final)
+            os.replace(final, work.with_name(f"{work.name}_replaced"))
         os.replace(work, final)
+        shutil.rmtree(work.with_name(f"{work.name}_replaced"), ignore_errors=True)
         pointer = self.folder / f"{LATEST}.writing"
         _write_durably(pointer, final.name)
         os.replace(pointer, self.folder / LATEST)
@@ -194,7 +195,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         known = manifest["format"] == FORMAT
         if known:  # an entry that lacks or is something else is caught below
-            int(manifest["step"]), int(manifest["world_size"]), dict(manifest["identity"]), dict(manifest["files"])
+            int(manifest["step"]), int(manifest["world_size"]), dict(manifest["identity"])
+            [(int(entry["size"]), str(entry["sha256"])) for entry in dict(manifest["files"]).values()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint} is not a whole checkpoint",

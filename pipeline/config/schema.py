@@ -60,7 +60,7 @@ class RunConfig(Section):
     output_dir: Text
     """Folder of this run: checkpoints, metrics, logs, the resolved configuration."""
     seed: CountOrZero = 1234
-    """Seed of everything drawn at random: the order of documents, new parameters, dropout."""
+    """Seed of everything drawn at random: which lane a document is dealt to, and the order in each lane."""
     resume: Text = "auto"
     """`auto` goes on from the newest checkpoint of `output_dir` or starts afresh, `none` starts afresh, a folder
     names the checkpoint to go on from."""

@@ -36,7 +36,7 @@ class Watch:
 
     def __init__(self, *, end: Callable[[str], None] | None = None) -> None:
         self._end = end or _end
-        self._stores: list[dist.TCPStore] = []
+        self._stores: list[dist.Store] = []
         self._stopped = threading.Event()
         if world_size() > 1:
             self._stores = [_connect(), _connect()]  # one for each thread: a connection serves one request at a time
@@ -109,7 +109,7 @@ class Watch:
         store, key = self._stores[0], f"watch/at/{number}"
         return store.get(key).decode() if store.check([key]) else "before the first step"
 
-    def _watch(self, store: dist.TCPStore) -> None:
+    def _watch(self, store: dist.Store) -> None:
         """Ends this process if another rank has failed and this one has not noticed within the grace."""
         failed_at: float | None = None
         while not self._stopped.wait(_POLL_S):
@@ -122,14 +122,16 @@ class Watch:
                 self._end(f"rank {rank()} was stuck while other ranks had failed; ended")
 
 
-def _connect() -> dist.TCPStore:
-    return dist.TCPStore(
+def _connect() -> dist.Store:
+    server = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
         timeout=datetime.timedelta(seconds=60),
     )
+    # A store that outlives a restart by torchrun holds the signs of the attempt that failed.
+    return dist.PrefixStore(f"longmem_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
 
 
 def _is_collective(error: Exception) -> bool:

@@ -90,7 +90,10 @@ def rounding_bound(view: MemoryView, queries: Queries) -> Tensor:
         float32 `[Hkv, R, N]`.
     """
     factor = ROUNDING * view.geometry.scale * view.geometry.encoding.attention_scaling
-    return queries.far.norm(dim=-1) * view.largest_key[..., None] * factor
+    bound = queries.far.norm(dim=-1) * view.largest_key[..., None] * factor
+    if queries.slopes is None:
+        return bound
+    return bound + queries.slopes * (view.settings.num_tokens + view.rule.distance) * 2.0**-22  # adding ALiBi's bias
 
 
 def far_distance(view: MemoryView) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pipeline.backbone.backbone import Backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
-from pipeline.distributed.ranks import world_size
+from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import DTYPES
 from pipeline.sidenet.sidenet import SideNet
@@ -103,7 +103,7 @@ def read_backbone_config(path: str) -> Any:
     except (OSError, ValueError) as error:
         raise BackboneError(
             "the backbone cannot be loaded",
-            got=f"backbone.path {path!r} ({str(error).splitlines()[0]})",
+            got=f"backbone.path {path!r} ({_first_line(error)})",
             expected="a Hugging Face model folder (config.json, *.safetensors) or hub name",
             do="set backbone.path; launch/prepare_backbone.py makes a small one without network",
         ) from error
@@ -163,7 +163,7 @@ class Engines:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(
                 "the backbone's weights cannot be loaded",
-                got=f"backbone.path {path!r} ({str(error).splitlines()[0]})",
+                got=f"backbone.path {path!r} on rank {rank()} ({_first_line(error)})",
                 do="check the folder, or convert or download the model again",
             ) from error
         # transformers would put random numbers in their place.
@@ -197,6 +197,10 @@ class Engines:
         )
         backbone_engine.module.eval()
         return backbone_engine, sidenet_engine
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def partitioned_bytes(module: nn.Module) -> int:

@@ -77,7 +77,7 @@ def _train(run: Run, evaluate: Evaluate | None, watch: Watch) -> int:
             if _due(step, config.evaluation.every_steps):
                 _evaluate(run, evaluate, step)
         recorder.close()
-    if step == config.train.steps and _evaluated(run) != step:
+    if step == config.train.steps and not _is_evaluated(run, step):
         _evaluate(run, evaluate, step)
     return step
 
@@ -86,10 +86,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluated(run: Run) -> int:
-    """Step of the newest evaluation, 0 if there is none: the same on all ranks."""
+def _is_evaluated(run: Run, step: int) -> bool:
+    """Whether the newest evaluation is of this step and of these settings: the same on all ranks."""
     path = run.folder / f"{EVALUATION_NAME}.json"
-    return int(gather(json.loads(path.read_text())["step"] if rank() == 0 and path.is_file() else 0)[0])
+    found = json.loads(path.read_text()) if rank() == 0 and path.is_file() else {}
+    wanted = (step, run.config.evaluation.model_dump())
+    return bool(gather((found.get("step"), found.get("settings")) == wanted)[0])
 
 
 def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:
@@ -99,7 +101,7 @@ def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:
     report = evaluate(run.model, run.stores.validation)
 
     def write() -> None:
-        found = {"step": step, **report.to_dict()}
+        found = {"step": step, "settings": run.config.evaluation.model_dump(), **report.to_dict()}
         write_text(run.folder / f"{EVALUATION_NAME}.json", json.dumps(found, indent=1) + "\n")
         write_text(run.folder / f"{EVALUATION_NAME}.txt", report.table() + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def summary(folder: Path) -> str:
     lines = [""]
     table = folder / f"{EVALUATION_NAME}.txt"
     if table.is_file():
-        lines += [table.read_text(encoding="utf-8").rstrip(), ""]
+        step = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))["step"]
+        lines += [table.read_text(encoding="utf-8").rstrip(), "", f"held-out evaluation: after step {step}"]
     records = read_metrics(folder)
     if records:
         speed = statistics.median(record["tokens_per_second"] for record in records)

@@ -35,8 +35,8 @@ def test_both_folders_hold_what_the_documents_name() -> None:
 def test_every_run_file_loads_with_its_engines(path: Path) -> None:
     config = load_config(path)
     for world_size in (1, 2):
-        backbone_deepspeed(config, world_size)
-        sidenet_deepspeed(config, world_size)
+        engines = backbone_deepspeed(config, world_size), sidenet_deepspeed(config, world_size)
+        assert [engine["zero_optimization"]["stage"] for engine in engines] == [3, 2]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
