@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed import distributed_c10d
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -59,7 +60,11 @@ def start_distributed(*, timeout_s: int) -> torch.device:
     # Two environments that share torch's default folder would each compile again what the other compiled.
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
+    limit = datetime.timedelta(seconds=timeout_s)
+    # DeepSpeed 0.19 makes groups of its own without a time-out. Theirs would be torch's default of 30 minutes, whatever
+    # the job's is; torch 2.13 has no public way to change it.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    deepspeed.init_distributed(timeout=limit, verbose=False)
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(accelerator.current_device_name())

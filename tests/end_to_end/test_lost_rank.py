@@ -1,4 +1,4 @@
-"""A rank that is killed or stopped in training ends the whole job, in time, and costs no whole checkpoint."""
+"""A rank that is killed in training ends the whole job, in time, and costs no whole checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
-
 from pipeline.metrics.record import read_metrics
 from tests.end_to_end.test_train import ROOT, TIMEOUT_S, command_line
 from tests.tiny_run import TinyRun
@@ -25,14 +23,7 @@ def rank_one(launcher: psutil.Process) -> psutil.Process | None:
     return ranks[0] if ranks else None
 
 
-@pytest.mark.parametrize(
-    ("sent", "words"),
-    [
-        (signal.SIGSTOP, "rank 1 died or fell silent; its last sign: step"),
-        (signal.SIGKILL, "exits with return code = -9"),
-    ],
-)
-def test_a_lost_rank_ends_the_job(sent: signal.Signals, words: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job(tiny_run: TinyRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sections = {"run": {"collective_timeout_s": COLLECTIVE_TIMEOUT_S}, "train": {"steps": 5000}}
     config = tiny_run.write_config(tmp_path / "run.yaml", run, memory={"group_size": 2}, **sections)
@@ -47,11 +38,11 @@ def test_a_lost_rank_ends_the_job(sent: signal.Signals, words: str, tiny_run: Ti
                 time.sleep(0.2)
             lost = rank_one(psutil.Process(process.pid))
             assert lost is not None
-            os.kill(lost.pid, sent)
+            os.kill(lost.pid, signal.SIGKILL)
             assert process.wait(LIMIT_S) != 0
         finally:
             for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
                 child.kill()
             process.kill()
-    assert words in log.read_text()
+    assert "exits with return code = -9" in log.read_text()
     assert (run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "manifest.json").is_file()
