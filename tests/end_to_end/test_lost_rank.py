@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+
 from pipeline.metrics.record import read_metrics
 from tests.end_to_end.test_train import ROOT, TIMEOUT_S, command_line
 from tests.tiny_run import TinyRun
