@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def start_distributed(*, timeout_s: int) -> torch.device:
+def start_distributed(*, timeout_s: float) -> torch.device:
     """Joins the job that a launcher started (deepspeed, torchrun, srun, mpirun), or starts one of one rank.
 
     Args:
