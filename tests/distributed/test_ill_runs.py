@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.folder import read_manifest
+from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from tests.ranks import RanksFailedError, run_ranks
 from tests.tiny_run import TinyRun
@@ -46,33 +49,27 @@ def change_store(config: Config) -> None:
     os.utime(Path(config.data.path) / "store.json")
 
 
-def remove_store(config: Config) -> None:
-    shutil.rmtree(Path(config.data.path) / "train")
-
-
 def have_a_bug(config: Config) -> None:
     raise KeyError("a bug")
 
 
 HARM: Mapping[str, tuple[int, Harm, str]] = {  # the rank that does it, and what status.json says
-    "file limit": (0, limit_files, "could not write the checkpoint of step 6; older ones are untouched"),
+    "file limit": (0, limit_files, "rank 0 could not write"),
     "file limit on rank 1": (1, limit_files, "rank 1 could not write the checkpoint of step 6"),
     "changed store": (0, change_store, "has changed since it was opened; got: other size or time of change, or gone: "),
-    "removed store": (0, remove_store, "or gone: train/data-00000-of-00001.arrow"),
     "bug": (1, have_a_bug, "rank 1 failed in step 5: KeyError: 'a bug'"),
     "full disk": (0, fill_disk, "No space left on device"),
     "read-only": (0, make_read_only, "Read-only file system"),
 }
-MOUNTED = {"full disk": "", "read-only": "checkpoints"}  # a small file system of its own: at the run folder or below it
 
 
 def mount(*arguments: str) -> bool:
     return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode == 0
 
 
-def train_into(harm: str, config: Config) -> str:
-    """Trains; one rank does the harm in the middle of a step. Returns what it ended with."""
-    from pipeline.distributed.ranks import barrier, rank
+def train_into(harm: str, config: Config) -> None:
+    """Trains; one rank does the harm in the middle of a step."""
+    from pipeline.distributed.ranks import rank
     from pipeline.training.build import build_run
     from pipeline.training.loop import train
 
@@ -86,25 +83,17 @@ def train_into(harm: str, config: Config) -> str:
         return step(number, **kwargs)
 
     run.trainer.step = harmed  # type: ignore[method-assign]
-    try:
-        train(run)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        barrier()
-    return "nothing"
+    train(run)
 
 
 @pytest.fixture()
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """Mounts file systems of half a megabyte below the test's folder."""
+def mounted(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Mounts file systems of two megabytes."""
     folders: list[Path] = []
 
-    def mount_at(name: str) -> None:
-        folder = tmp_path / "run" / name
-        folder.mkdir(parents=True)
+    def mount_at(folder: Path) -> None:
         if not mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)):
-            pytest.skip("a file system cannot be mounted here (that takes root and CAP_SYS_ADMIN)")
+            pytest.skip("a small file system cannot be mounted here (that takes root and CAP_SYS_ADMIN)")
         folders.append(folder)
 
     yield mount_at
@@ -114,35 +103,48 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize("harm", HARM)
 def test_an_ill_run_ends_with_its_checkpoint_intact_and_says_why(
-    harm: str, tiny_run: TinyRun, tmp_path: Path, mounted: Callable[[str], None]
+    harm: str, tiny_run: TinyRun, tmp_path: Path, mounted: Callable[[Path], None]
 ) -> None:
-    from pipeline.checkpoint.folder import Checkpoints
-
-    if harm in MOUNTED:
-        mounted(MOUNTED[harm])
-        if harm == "read-only":  # a run folder that holds something is no new one
-            (tmp_path / "run" / "config.yaml").touch()
-    data = tmp_path / "data"
+    data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(tiny_run.data, data)
     config = tiny_run.config(
-        tmp_path / "run",
-        run={"collective_timeout_s": 40},
-        data={"path": str(data)},
-        memory={"group_size": 2},
-        train={"histogram_every_steps": 0},
+        run, data={"path": str(data)}, memory={"group_size": 2}, train={"histogram_every_steps": 0}
     )
-    if harm == "read-only":
-        from pipeline.config.load import dump_config
-
-        (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    (run / "checkpoints").mkdir(parents=True)
+    if harm == "full disk":
+        mounted(run)
+    elif harm == "read-only":
+        mounted(run / "checkpoints")
+    if harm != "full disk":
+        (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")  # else it would be no run's folder
     words = HARM[harm][2]
     with pytest.raises(RanksFailedError) as caught:
         run_ranks(train_into, 2, harm, config, init_process_group=False, timeout_s=100)
     assert words in str(caught.value)
+    assert "rank 0 raised" in str(caught.value) and "rank 1 raised" in str(caught.value)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and words in status["reason"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000003"
+    newest = run / "checkpoints" / "step_00000003"
+    for name, entry in read_manifest(newest)["files"].items():
+        assert hashlib.sha256((newest / name).read_bytes()).hexdigest() == entry["sha256"]
+
+
+def lose_rank_one(config: Config) -> None:
+    """Rank 1 is killed while the backbone is loaded."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.training.build import build_run
+
+    if os.environ["RANK"] == "1":
+        AutoModelForCausalLM.from_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    build_run(config)
+
+
+def test_a_rank_that_is_lost_while_the_backbone_is_loaded_is_named(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path / "run", run={"collective_timeout_s": 10})
+    words = "rank 1 died or fell silent; its last sign: loading the backbone"
+    with pytest.raises(RanksFailedError, match=words):
+        run_ranks(lose_rank_one, 2, config, init_process_group=False, timeout_s=100)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("failed", 4 if harm == "bug" else status["step"])
-    assert words in status["reason"]
-    folder = tmp_path / "run" / "checkpoints"
-    checkpoints = Checkpoints(folder, keep=2, identity={})
-    assert (folder / "latest").read_text() == "step_00000003"
-    assert checkpoints.latest() is not None
+    assert (status["state"], status["step"]) == ("failed", 0) and words in status["reason"]
