@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,27 +28,45 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
+@dataclass(frozen=True)
+class SavedWorld:
+    """The ranks that wrote a checkpoint.
+
+    Attributes:
+        world_size: Ranks of the job.
+        group_size: Ranks of a memory group.
+    """
+
+    world_size: int
+    group_size: int
+
+
 class StateOwner(Protocol):
     """Something that must survive a restart."""
 
     name: str
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part.
+    def save(self, folder: Path) -> Callable[[], None] | None:
+        """Writes this rank's part, or takes a snapshot of it that can be written while training goes on.
 
         Collective: every rank calls it.
 
         Args:
             folder: The owner's own folder, made and shared by all ranks.
+
+        Returns:
+            The rest of the writing, from a snapshot, to be run on a thread of this rank: it holds no collective. None
+            if everything is written.
         """
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved: SavedWorld) -> None:
         """Reads this rank's part back.
 
         Collective: every rank calls it.
 
         Args:
             folder: The folder that `save` wrote.
+            saved: The ranks that wrote it; may be others than today's.
         """
 
 
@@ -57,11 +76,12 @@ class Checkpoints:
     Args:
         folder: `checkpoints/` of the run folder.
         keep: How many to keep.
+        group_size: Ranks of a memory group.
         identity: What a checkpoint must have in common with the run that loads it, as plain JSON.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
-        self.folder, self.keep, self.identity = folder, keep, dict(identity)
+    def __init__(self, folder: Path, *, keep: int, group_size: int, identity: Mapping[str, Any]) -> None:
+        self.folder, self.keep, self.group_size, self.identity = folder, keep, group_size, dict(identity)
 
     def save(self, step: int, owners: Sequence[StateOwner]) -> Path:
         """Saves all state after an optimizer step.
@@ -83,7 +103,9 @@ class Checkpoints:
         on_rank_zero(lambda: self._begin(work, [owner.name for owner in owners]))
         try:
             for owner in owners:
-                owner.save(work / owner.name)
+                rest = owner.save(work / owner.name)
+                if rest is not None:
+                    rest()
         except (OSError, RuntimeError, SafetensorError) as error:
             # Some owners save with collectives, so the others cannot be told: they end when this rank has left the job.
             raise CheckpointError(
@@ -93,8 +115,15 @@ class Checkpoints:
             ) from error
         barrier()
         files = _hash_together(work)
-        manifest = {"format": FORMAT, "step": step, "world_size": world_size(), "identity": self.identity}
-        on_rank_zero(lambda: self._publish(work, final, {**manifest, "files": files}))
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": world_size(),
+            "group_size": self.group_size,
+            "identity": self.identity,
+            "files": files,
+        }
+        on_rank_zero(lambda: self._publish(work, final, manifest))
         return final
 
     def latest(self) -> Path | None:
@@ -115,17 +144,18 @@ class Checkpoints:
             Optimizer steps done when it was saved.
 
         Raises:
-            CheckpointError: It is incomplete or corrupt, or belongs to another run or world size.
+            CheckpointError: It is incomplete or corrupt, or belongs to another run.
         """
         manifest = together(lambda: self.check(checkpoint))
         found = gather(_damaged(checkpoint, manifest["files"]))
         _raise_damage(checkpoint, [problem for part in found for problem in part])
+        saved = SavedWorld(manifest["world_size"], manifest["group_size"])
         for owner in owners:
-            owner.load(checkpoint / owner.name)
+            owner.load(checkpoint / owner.name, saved)
         return int(manifest["step"])
 
     def check(self, checkpoint: Path) -> dict[str, Any]:
-        """Checks what can be seen without reading a checkpoint's files: manifest, run, world size, sizes.
+        """Checks what can be seen without reading a checkpoint's files: manifest, run, sizes.
 
         Args:
             checkpoint: The checkpoint's folder.
@@ -134,7 +164,7 @@ class Checkpoints:
             Its manifest.
 
         Raises:
-            CheckpointError: It is incomplete, or belongs to another run or world size.
+            CheckpointError: It is incomplete, or belongs to another run.
         """
         manifest = read_manifest(checkpoint)
         other = {
@@ -142,14 +172,12 @@ class Checkpoints:
             for name, value in self.identity.items()
             if manifest["identity"].get(name) != value
         }
-        if manifest["world_size"] != world_size():
-            other["world size"] = (manifest["world_size"], world_size())
         if other:
             raise CheckpointError(
                 f"the checkpoint {checkpoint} belongs to another run",
                 got="; ".join(f"{name} {found!r}" for name, (found, _) in other.items()),
                 expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
-                do="start with the settings, backbone and number of ranks that it was saved with",
+                do="start with the settings and the backbone that it was saved with",
             )
         sized = (_wrong_size(checkpoint, name, entry) for name, entry in sorted(manifest["files"].items()))
         _raise_damage(checkpoint, [problem for problem in sized if problem is not None])
@@ -195,7 +223,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         known = manifest["format"] == FORMAT
         if known:  # an entry that lacks or is something else is caught below
-            int(manifest["step"]), int(manifest["world_size"]), dict(manifest["identity"])
+            int(manifest["step"]), int(manifest["world_size"]), int(manifest["group_size"]), dict(manifest["identity"])
             [(int(entry["size"]), str(entry["sha256"])) for entry in dict(manifest["files"]).values()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

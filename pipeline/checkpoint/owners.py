@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.checkpoint.folder import SavedWorld
 from pipeline.distributed.ranks import rank
 from pipeline.errors import CheckpointError
 
@@ -48,19 +50,24 @@ class MemoryOwner:
     def __init__(self, bank: HoldsTensors) -> None:
         self.bank = bank
 
-    def save(self, folder: Path) -> None:
-        """Writes the filled part of the shard.
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Takes a snapshot of the filled part of the shard.
 
         Args:
             folder: The owner's folder.
-        """
-        save_file(self.bank.state_dict(), _of_rank(folder, "safetensors"))
 
-    def load(self, folder: Path) -> None:
+        Returns:
+            Writes the snapshot.
+        """
+        snapshot, path = self.bank.state_dict(), _of_rank(folder, "safetensors")
+        return lambda: save_file(snapshot, path)
+
+    def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the shard back.
 
         Args:
             folder: The owner's folder.
+            saved: The ranks that wrote it.
 
         Raises:
             CheckpointError: The stored memory has another shape or dtype.
@@ -91,11 +98,12 @@ class LanesOwner:
         """
         _of_rank(folder, "json").write_text(json.dumps(self.lanes.state_dict()))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the lanes back.
 
         Args:
             folder: The owner's folder.
+            saved: The ranks that wrote it.
         """
         self.lanes.load_state_dict(json.loads(_of_rank(folder, "json").read_text()))
 
@@ -120,11 +128,12 @@ class RandomOwner:
         state = {"python": [version, list(internal), gauss], "numpy": [kind, np.asarray(keys).tolist(), *rest]}
         _of_rank(folder, "json").write_text(json.dumps(state))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the generators back.
 
         Args:
             folder: The owner's folder.
+            saved: The ranks that wrote it.
         """
         tensors = load_file(_of_rank(folder, "safetensors"))
         torch.set_rng_state(tensors["cpu"])

@@ -120,6 +120,7 @@ def build_run(config: Config) -> Run:
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
+        group_size=config.memory.group_size,
         identity=_identity(config, model, backbone_identity),
     )
     owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
@@ -182,12 +183,14 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
         Its folder, or None: start anew.
 
     Raises:
-        CheckpointError: The named folder, or the newest one, is no whole checkpoint, or of another world size.
+        CheckpointError: The named folder, or the newest one, is no whole checkpoint.
     """
     if config.run.resume == "none":
         return None
     # The identity is not known before the backbone is loaded; the rest is checked now.
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, identity={})
+    checkpoints = Checkpoints(
+        folder / "checkpoints", keep=config.checkpoint.keep, group_size=config.memory.group_size, identity={}
+    )
     found = checkpoints.latest() if config.run.resume == "auto" else Path(config.run.resume)
     if found is not None:
         checkpoints.check(found)
@@ -212,7 +215,6 @@ def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[st
         "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
         "precision": config.train.precision,
         "memory": config.memory.enabled,
-        "group_size": config.memory.group_size,
     }
 
 

@@ -11,6 +11,7 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 
+from pipeline.checkpoint.folder import SavedWorld
 from pipeline.errors import CheckpointError
 
 _TAG = "engine"
@@ -41,13 +42,14 @@ class EngineOwner:
         client_state = {UNIVERSAL_CHECKPOINT_INFO: universal}
         self.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state, save_latest=False)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved: SavedWorld) -> None:
         """Reads weights and this rank's optimizer shard back.
 
         Collective: every rank must call it.
 
         Args:
             folder: The owner's folder.
+            saved: The ranks that wrote it.
 
         Raises:
             CheckpointError: DeepSpeed found no state there.

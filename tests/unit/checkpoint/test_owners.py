@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
 from pipeline.data.lanes import Lanes
 from pipeline.errors import CheckpointError, DataError
 from pipeline.memory.bank import BankShape, MemoryBank
 from tests.tiny_longmem import bank_bytes
 
+ALONE = SavedWorld(world_size=1, group_size=1)
 SHAPE = BankShape(num_layers=2, num_lanes=2, num_kv_heads=2, head_dim=4, num_chunks=5, chunk_size=2)
 
 
@@ -28,8 +30,8 @@ def filled_bank(num_segments=4):
 @pytest.mark.parametrize("num_segments", [0, 1, 4])
 def test_memory_comes_back_bit_for_bit(tmp_path, num_segments):
     bank, other = filled_bank(num_segments), filled_bank(2)
-    MemoryOwner(bank).save(tmp_path)
-    MemoryOwner(other).load(tmp_path)
+    MemoryOwner(bank).save(tmp_path)()
+    MemoryOwner(other).load(tmp_path, ALONE)
     left, right = bank.state_dict(), other.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     more = [(torch.ones(2, 2, 4, 4), torch.ones(2, 2, 4, 4))] * 2
@@ -48,10 +50,10 @@ def in_float32(bank):
 
 
 def test_memory_of_another_shape_is_refused(tmp_path):
-    MemoryOwner(filled_bank()).save(tmp_path)
+    MemoryOwner(filled_bank()).save(tmp_path)()
     other = MemoryBank(SHAPE, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(CheckpointError, match="stored memory does not fit a bank .*do: resume with the memory"):
-        MemoryOwner(other).load(tmp_path)
+        MemoryOwner(other).load(tmp_path, ALONE)
 
 
 class Documents:
@@ -71,12 +73,12 @@ def test_lanes_go_on_where_they_stood(tmp_path):
     for _ in range(5):
         one.next_segment()
     LanesOwner(one).save(tmp_path)
-    LanesOwner(two).load(tmp_path)
+    LanesOwner(two).load(tmp_path, ALONE)
     for _ in range(5):
         left, right = one.next_segment(), two.next_segment()
         assert left.start == right.start and (left.tokens == right.tokens).all()
     with pytest.raises(DataError, match="comes from other data or settings"):
-        LanesOwner(lanes(7, 9, 6)).load(tmp_path)
+        LanesOwner(lanes(7, 9, 6)).load(tmp_path, ALONE)
 
 
 def test_random_numbers_go_on(tmp_path):
@@ -87,5 +89,5 @@ def test_random_numbers_go_on(tmp_path):
     RandomOwner().save(tmp_path)
     expected = draw()
     assert draw() != expected
-    RandomOwner().load(tmp_path)
+    RandomOwner().load(tmp_path, ALONE)
     assert draw() == expected
