@@ -183,7 +183,7 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
         Its folder, or None: start anew.
 
     Raises:
-        CheckpointError: The named folder, or the newest one, is no whole checkpoint.
+        CheckpointError: The named folder is no whole checkpoint, or there are checkpoints and none is whole.
     """
     if config.run.resume == "none":
         return None
@@ -191,10 +191,10 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
     checkpoints = Checkpoints(
         folder / "checkpoints", keep=config.checkpoint.keep, group_size=config.memory.group_size, identity={}
     )
-    found = checkpoints.latest() if config.run.resume == "auto" else Path(config.run.resume)
-    if found is not None:
-        checkpoints.check(found)
-    return found
+    if config.run.resume == "auto":
+        return checkpoints.newest()
+    checkpoints.check(Path(config.run.resume))
+    return Path(config.run.resume)
 
 
 def _validation(config: Config, train: TokenStore) -> TokenStore | None:

@@ -25,7 +25,7 @@ from pipeline.metrics.folder import write_versions
 CHANGEABLE = {
     "run": {"resume", "output_dir", "collective_timeout_s"},
     "train": {"stop_after_steps", "histogram_every_steps", "loss_piece_tokens"},
-    "checkpoint": {"every_steps", "keep"},
+    "checkpoint": {"every_steps", "every_minutes", "keep"},
     "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
     "backbone": {"path"},  # its identity hash is compared instead
     "data": {"path"},  # likewise
