@@ -72,8 +72,7 @@ class Shelf:
             work: The folder to write to, `writing_*`.
             names: Of the folders inside.
         """
-        for left_over in (*self.folder.glob("writing_*"), *self.folder.glob("removing_*")):
-            self.remove(left_over)
+        self._clear()
         work.mkdir(parents=True)
         for name in names:
             (work / name).mkdir()
@@ -99,11 +98,13 @@ class Shelf:
     def truncate_after(self, step: int) -> None:
         """Lets nothing newer than a step count: the run goes on from there. Newer ones are put aside.
 
-        They are removed when the run has passed their steps.
+        They are removed when the run has passed their steps. What a crash left half written or half removed goes at
+        once.
 
         Args:
             step: The step; 0 lets none count.
         """
+        self._clear()
         newer = [number for number in self._steps("step") if number > step]
         if newer:
             # Written first: a crash between the renames must not leave one of the newer ones as the newest.
@@ -126,6 +127,12 @@ class Shelf:
             shutil.rmtree(folder)
         except OSError as error:  # it takes space, but nothing counts on its absence
             logger.warning("%s could not be removed: %s", folder, error)
+
+    def _clear(self) -> None:
+        for left_over in (*self.folder.glob("writing_*"), *self.folder.glob("removing_*")):
+            self.remove(left_over)
+        for left_over in self.folder.glob(".*.partial"):
+            left_over.unlink()
 
     def _steps(self, kind: str) -> list[int]:
         names = [path.name.removeprefix(f"{kind}_") for path in self.folder.glob(f"{kind}_*") if path.is_dir()]

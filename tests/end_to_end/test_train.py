@@ -145,13 +145,15 @@ def test_bad_settings_are_refused_in_words_and_nothing_is_written(yaml_file, fol
     assert not output.exists()
 
 
-def test_two_ranks_refuse_a_corrupt_checkpoint_and_the_run_stays_as_it_was(finished, yaml_file):
-    damaged = finished / "checkpoints" / "step_00000004" / "memory" / "rank_00001.safetensors"
+def test_two_ranks_refuse_a_named_corrupt_checkpoint_and_the_run_stays_as_it_was(finished, yaml_file):
+    newest = finished / "checkpoints" / "step_00000004"
+    damaged = newest / "memory" / "rank_00001.safetensors"
     whole = damaged.read_bytes()
     before = (finished / "config.yaml").stat().st_mtime_ns
     damaged.write_bytes(whole[:-1])
+    arguments = ["--config", str(yaml_file), "--run.resume", str(newest), "--train.stop_after_steps", "4"]
     try:
-        done = launch(["--config", str(yaml_file), "--train.stop_after_steps", "4"], ranks=2)
+        done = launch(arguments, ranks=2)
     finally:
         damaged.write_bytes(whole)
     assert done.returncode != 0
