@@ -50,7 +50,8 @@ def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: 
     near = _near_slots(config, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
     chosen = memory.top_k_chunks * INT32 + INT64 + INT32  # slots, which query, how many
     chosen += INT64 + shape.head_dim * FP32 if group_size > 1 else 0  # who holds them, the query
-    kept = bank.num_layers * group_size * queries * chosen
+    at_once = 1 if config.sidenet.activation_checkpointing else bank.num_layers  # read again, layer by layer
+    kept = at_once * group_size * queries * chosen
     rotated = near * (bank.chunk_size + 1) * shape.head_dim * FP32 if shape.positions == "rotary" else 0
     yield Part(
         "what reads keep",

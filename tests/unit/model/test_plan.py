@@ -328,6 +328,13 @@ def test_numbers_in_words():
     assert found == ["12 B", "2.00 KiB", "15.0 MiB", "300 MiB", "1.50 GiB", "1,024 GiB"]
 
 
+def test_the_page_shows_what_the_plan_says():
+    from launch.write_plan_docs import PAGE, page
+
+    written = PAGE.read_text(encoding="utf-8")
+    assert page(written) == written, "stale; do: python -m launch.write_plan_docs"
+
+
 def test_the_launcher_knows_the_same_shapes():
     from launch.plan import SHAPES
 
