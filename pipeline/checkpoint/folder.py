@@ -88,10 +88,13 @@ class Checkpoints:
         keep: How many to keep.
         group_size: Ranks of a memory group.
         identity: What a checkpoint must have in common with the run that loads it, as plain JSON.
+        timeout_s: Seconds after which a checkpoint that is waited for and still not written ends the run.
     """
 
-    def __init__(self, folder: Path, *, keep: int, group_size: int, identity: Mapping[str, Any]) -> None:
-        self.group_size, self.identity = group_size, dict(identity)
+    def __init__(
+        self, folder: Path, *, keep: int, group_size: int, identity: Mapping[str, Any], timeout_s: float = 1800.0
+    ) -> None:
+        self.group_size, self.identity, self.timeout_s = group_size, dict(identity), timeout_s
         self._shelf = Shelf(folder, keep=keep)
         self._writing: Writing | None = None
 
@@ -131,8 +134,9 @@ class Checkpoints:
             wait: Whether to return only when nothing is being written.
 
         Raises:
-            CheckpointError: A file could not be written on some rank; older checkpoints are untouched.
+            CheckpointError: A file could not be written on some rank, or not in time; older checkpoints are untouched.
         """
+        waited_s = 0.0  # counted in polls, in which the ranks are in step: all of them give up together
         while (writing := self._writing) is not None:
             self._writing = None  # if it fails, it is over
             files = writing.files(wait_s=_POLL_S if wait else 0.0)
@@ -142,6 +146,10 @@ class Checkpoints:
             self._writing = writing
             if not wait:
                 return
+            waited_s += _POLL_S
+            if waited_s > self.timeout_s:
+                busy = dict.fromkeys(writing.busy, f"still writing after {waited_s:.0f} s of waiting for it")
+                raise unwritten(self._shelf, writing.step, busy)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole as far as can be seen without reading its files.

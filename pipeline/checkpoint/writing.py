@@ -26,12 +26,16 @@ class Writing:
         step: Its step.
         work: The folder that it is written to.
         rests: Write this rank's snapshots.
+
+    Attributes:
+        busy: The ranks that were not done when last asked.
     """
 
     def __init__(self, shelf: Shelf, step: int, work: Path, rests: Sequence[Callable[[], None] | None]) -> None:
         self.shelf, self.step, self.work = shelf, step, work
         self._writing = Background(lambda: [rest() for rest in rests if rest is not None])
         self._hashing: Background[dict[str, Any]] | None = None
+        self.busy: list[int] = []
 
     def files(self, *, wait_s: float) -> dict[str, Any] | None:
         """Asks how far all ranks are.
@@ -70,7 +74,8 @@ class Writing:
     def _is_done_everywhere(self, task: Background[Any], wait_s: float) -> bool:
         done = task.is_done(wait_s=wait_s)
         reports = gather((done, describe(task.error)))
-        if not all(done for done, _ in reports):  # a failure waits for those who still write: the folder is removed
+        self.busy = [number for number, (done, _) in enumerate(reports) if not done]
+        if self.busy:  # a failure waits for those who still write: the folder is removed
             return False
         failed = {number: words for number, (_, words) in enumerate(reports) if words is not None}
         if failed:

@@ -122,6 +122,7 @@ def build_run(config: Config) -> Run:
         keep=config.checkpoint.keep,
         group_size=config.memory.group_size,
         identity=_identity(config, model, backbone_identity),
+        timeout_s=config.run.collective_timeout_s,
     )
     owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
     if bank is not None:

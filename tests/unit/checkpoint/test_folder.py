@@ -216,6 +216,14 @@ def test_writing_that_fails_in_the_background_is_said_after_the_next_step_and_le
     assert names(tmp_path) == ["latest", "step_00000003"]
 
 
+def test_writing_that_never_ends_ends_the_run(tmp_path):
+    found = checkpoints(tmp_path)
+    found.timeout_s = 0.5
+    found.save(2, [Slow("slow")])
+    with pytest.raises(CheckpointError, match="rank 0 could not write the checkpoint of step 2; .*got: still writing"):
+        found.publish_if_written(wait=True)
+
+
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="rank 0 could not write the checkpoint of step 1; older ones"):
