@@ -17,8 +17,9 @@ from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.checkpoint.folder import Checkpoints, StateOwner
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.reshard import ShardPlace
 from pipeline.config.schema import Config
-from pipeline.config.world import WorldSplit, check_world
+from pipeline.config.world import WorldSplit, check_same_banks, check_world
 from pipeline.data.held_out import held_out_documents
 from pipeline.data.lanes import Lanes, check_documents
 from pipeline.data.store import TokenStore, check_tokenizer
@@ -26,7 +27,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, world_size
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone, RankGroup
+from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem, build, layout_of
 from pipeline.training.engine_owner import EngineOwner
@@ -37,7 +38,8 @@ from pipeline.training.engines import (
     read_backbone_config,
     start_distributed,
 )
-from pipeline.training.run_folder import check_folder
+from pipeline.training.replay import replay
+from pipeline.training.run_folder import SCRATCH, check_folder
 from pipeline.training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -123,10 +125,27 @@ def build_run(config: Config) -> Run:
         group_size=config.memory.group_size,
         identity=_identity(config, model, backbone_identity),
     )
-    owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
+    owners: list[StateOwner] = [
+        EngineOwner(engine, config, scratch=folder / SCRATCH),
+        LanesOwner(lanes),
+        RandomOwner(),
+    ]
     if bank is not None:
-        owners.append(MemoryOwner(bank))
+        owners.append(_memory_owner(config, model, lanes, bank, exchange))
     return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from)
+
+
+def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:
+    place = ShardPlace(
+        lanes=lanes.lanes,
+        num_lanes=config.data.lanes,
+        group_rank=exchange.rank,
+        group_size=exchange.size,
+        segment_tokens=config.train.segment_tokens,
+        num_tokens=config.memory.tokens,
+    )
+    store = config.checkpoint.memory == "save"
+    return MemoryOwner(bank, place, store=store, replay=lambda: replay(model, lanes, bank, exchange))
 
 
 def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str]:
@@ -193,7 +212,8 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
     )
     found = checkpoints.latest() if config.run.resume == "auto" else Path(config.run.resume)
     if found is not None:
-        checkpoints.check(found)
+        saved = checkpoints.check(found)
+        check_same_banks(config, world_size(), saved_groups=saved["world_size"] // saved["group_size"])
     return found
 
 

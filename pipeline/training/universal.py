@@ -1,0 +1,120 @@
+"""ZeRO partitions of another number of ranks, by DeepSpeed's universal checkpoint.
+
+The checkpoint is converted aside into one file for each parameter and kind of state, every rank takes its part of
+them, and they go away. The checkpoint itself is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from deepspeed.checkpoint import ds_to_universal
+
+from pipeline.distributed.ranks import barrier, gather, on_rank_zero, rank
+from pipeline.errors import CheckpointError
+
+_POLL_S = 0.5
+
+
+def load_universal(engine: Any, folder: Path, tag: str, *, scratch: Path) -> None:
+    """Loads what another number of ranks saved: weights, fp32 master weights, optimizer states, loss scale, counters.
+
+    Collective: every rank must call it.
+
+    Args:
+        engine: A ZeRO-2 engine.
+        folder: As given to the engine's `save_checkpoint`.
+        tag: Likewise.
+        scratch: A folder that all ranks share, made and removed here; what an interrupted attempt left goes first.
+
+    Raises:
+        CheckpointError: The checkpoint could not be converted; it is untouched.
+    """
+    try:
+        _on_rank_zero_patiently(lambda: _convert(folder / tag, scratch / tag))
+        with _as_universal(engine):
+            path, _ = engine.load_checkpoint(str(scratch), tag=tag)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no state of the SideNet in {scratch}")
+        barrier()
+    finally:
+        if rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.mkdir(parents=True)
+    output = io.StringIO()
+    # DeepSpeed 0.19 reads the paths as patterns, so it gets names without brackets or plus signs.
+    with tempfile.TemporaryDirectory(prefix="universal-") as name:
+        links = Path(name, "source"), Path(name, "target")
+        for link, folder in zip(links, (source, target), strict=True):
+            link.symlink_to(folder.resolve())
+        arguments = argparse.Namespace(
+            input_folder=str(links[0]),
+            output_folder=str(links[1]),
+            num_extract_workers=1,  # more would be forks of a process that holds an accelerator
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+        with redirect_stdout(output), redirect_stderr(output):
+            ds_to_universal.main(arguments)
+
+
+@contextmanager
+def _as_universal(engine: Any) -> Iterator[None]:
+    """Makes `load_checkpoint` take a universal checkpoint, on ranks that hold nothing of a small group too.
+
+    A universal checkpoint is announced to DeepSpeed in the JSON that starts an engine; which checkpoint is loaded, and
+    how many ranks wrote it, is known for sure only now. DeepSpeed 0.19 fails with an IndexError on a rank that holds
+    no part of some group, like the few gates on many ranks: it does not look at groups that are hidden from it.
+    """
+    optimizer = engine.optimizer.optimizer
+    held = [any(p._hp_mapping is not None for p in group) for group in engine.optimizer.bit16_groups]
+    groups, count = optimizer.param_groups, held.index(False) if False in held else len(held)
+    assert not any(held[count:]), "the smallest group must be the last one"
+    optimizer.param_groups, engine._config.load_universal_checkpoint = groups[:count], True
+    try:
+        yield
+    finally:
+        optimizer.param_groups, engine._config.load_universal_checkpoint = groups, False
+
+
+def _on_rank_zero_patiently(work: Callable[[], None]) -> None:
+    """As `on_rank_zero`, but no collective waits for the work, however long it takes: it would time out."""
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # whatever DeepSpeed raises: all ranks must hear of it
+            errors.append(error)
+        finally:
+            done.set()
+
+    if rank() == 0:
+        threading.Thread(target=run, name="universal checkpoint").start()
+    while not gather(done.is_set())[0]:
+        done.wait(_POLL_S)
+
+    def check() -> None:
+        if errors:
+            raise CheckpointError(
+                "the optimizer's state could not be converted for another number of ranks; the checkpoint is untouched",
+                got=f"{type(errors[0]).__name__}: {errors[0]}",
+                do="make room on the disk of run.output_dir, or resume with the number of ranks that saved it",
+            ) from errors[0]
+
+    on_rank_zero(check)
