@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.checkpoint.export import SETTINGS, WEIGHTS
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
@@ -23,7 +24,6 @@ from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import CheckpointError
 from pipeline.training.universal import load_universal
 
-WEIGHTS, SETTINGS = "model.safetensors", "config.yaml"
 _TAG = "engine"
 
 
