@@ -12,7 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pipeline.checkpoint.folder import LATEST, MANIFEST, _damaged, _raise_damage, read_manifest
+from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damaged, raise_damage, read_manifest
+from pipeline.checkpoint.shelf import Shelf
 from pipeline.errors import CheckpointError
 
 WEIGHTS, SETTINGS, ABOUT = "model.safetensors", "config.yaml", "export.json"
@@ -36,7 +37,8 @@ def export(source: Path, output: Path) -> Path:
         raise CheckpointError("the output exists already; nothing was written", got=output, do="name a new folder")
     checkpoint = _find(source)
     manifest = read_manifest(checkpoint)
-    _raise_damage(checkpoint, _damaged(checkpoint, manifest["files"]))
+    check_names_and_sizes(checkpoint, manifest["files"])
+    raise_damage(checkpoint, damaged(checkpoint, manifest["files"], sorted(manifest["files"])))
     weights = manifest["files"][f"{_OWNER}/{WEIGHTS}"]
     about = {"step": manifest["step"], "sha256": weights["sha256"], **manifest["identity"]}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +55,12 @@ def export(source: Path, output: Path) -> Path:
 def _find(source: Path) -> Path:
     if (source / MANIFEST).is_file():
         return source
-    pointer = source / "checkpoints" / LATEST
-    if not pointer.is_file():
+    found = Shelf(source / "checkpoints", keep=1).newest_first()
+    if not found:
         raise CheckpointError(
             "there is no checkpoint to export",
             got=source,
             expected="a folder step_* of a run's checkpoints, or a run folder with one",
             do="name one of them",
         )
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    return found[0]

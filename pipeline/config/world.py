@@ -60,27 +60,3 @@ def check_world(config: Config, world_size: int) -> WorldSplit:
     if problems:
         raise ConfigError(problems, source=f"configuration with {world_size} ranks")
     return WorldSplit(world_size, num_groups, lanes // num_groups, segments // group_size)
-
-
-def check_same_banks(config: Config, world_size: int, *, saved_groups: int) -> None:
-    """Check that a checkpoint's lanes share banks as they would now, where that decides what a query sees.
-
-    Args:
-        config: The settings.
-        world_size: Ranks of the job.
-        saved_groups: Memory groups of the run that wrote the checkpoint.
-
-    Raises:
-        ConfigError: Under scope `group` the number of groups is another one.
-    """
-    group_size = config.memory.group_size
-    groups = world_size // group_size
-    if config.memory.enabled and config.memory.scope == "group" and groups != saved_groups:
-        raise ConfigError(
-            [
-                "memory.scope is 'group', and with another number of memory groups other lanes would share a bank; "
-                f"got: {groups} groups ({world_size} ranks / memory.group_size {group_size}); expected: {saved_groups}, "
-                f"as in the checkpoint; do: start {saved_groups} x memory.group_size ranks"
-            ],
-            source=f"configuration with {world_size} ranks",
-        )

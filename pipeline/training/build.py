@@ -19,7 +19,7 @@ from pipeline.checkpoint.folder import Checkpoints, StateOwner
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
 from pipeline.checkpoint.reshard import ShardPlace
 from pipeline.config.schema import Config
-from pipeline.config.world import WorldSplit, check_same_banks, check_world
+from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents
 from pipeline.data.lanes import Lanes, check_documents
 from pipeline.data.store import TokenStore, check_tokenizer
@@ -202,19 +202,21 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
         Its folder, or None: start anew.
 
     Raises:
-        CheckpointError: The named folder, or the newest one, is no whole checkpoint.
+        CheckpointError: The named folder is no whole checkpoint, or there are checkpoints and none is whole.
     """
     if config.run.resume == "none":
         return None
-    # The identity is not known before the backbone is loaded; the rest is checked now.
+    # What follows from the backbone's weights is compared when they are loaded, the rest now.
     checkpoints = Checkpoints(
-        folder / "checkpoints", keep=config.checkpoint.keep, group_size=config.memory.group_size, identity={}
+        folder / "checkpoints",
+        keep=config.checkpoint.keep,
+        group_size=config.memory.group_size,
+        identity=_identity_of_settings(config),
     )
-    found = checkpoints.latest() if config.run.resume == "auto" else Path(config.run.resume)
-    if found is not None:
-        saved = checkpoints.check(found)
-        check_same_banks(config, world_size(), saved_groups=saved["world_size"] // saved["group_size"])
-    return found
+    if config.run.resume == "auto":
+        return checkpoints.newest()
+    checkpoints.check(Path(config.run.resume))
+    return Path(config.run.resume)
 
 
 def _validation(config: Config, train: TokenStore) -> TokenStore | None:
@@ -231,11 +233,20 @@ def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[st
     """What a checkpoint must have in common with the run that loads it."""
     layout = model.sidenet.layout
     return {
+        **_identity_of_settings(config),
         "backbone": backbone_identity,
         "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
-        "precision": config.train.precision,
-        "memory": config.memory.enabled,
     }
+
+
+def _identity_of_settings(config: Config) -> dict[str, Any]:
+    """The part of `_identity` that is known before the backbone is loaded."""
+    known: dict[str, Any] = {"precision": config.train.precision, "memory": config.memory.enabled}
+    if config.memory.enabled and config.memory.scope == "group":
+        # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
+        groups = world_size() // config.memory.group_size
+        known["memory groups (the lanes of one share a bank, as memory.scope is 'group')"] = groups
+    return known
 
 
 def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:

@@ -16,6 +16,7 @@ from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import claim
+from pipeline.training.saving import Saving
 from pipeline.training.summary import EVALUATION_NAME
 
 logger = logging.getLogger(__name__)
@@ -61,19 +62,22 @@ def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
 
 def _train(run: Run, evaluate: Evaluate | None, watch: Watch) -> int:
     config = run.config
-    step = 0 if run.resume_from is None else run.checkpoints.load(run.resume_from, run.owners)
+    step = 0
+    if run.resume_from is not None:
+        step = run.checkpoints.load(run.resume_from, run.owners, or_older=config.run.resume == "auto")
     on_rank_zero(lambda: claim(run.folder, config))
+    run.checkpoints.truncate_after(step)
     last = max(step, min(config.train.steps, config.train.stop_after_steps or config.train.steps))
     with MetricsWriter(run.folder, enabled=rank() == 0) as writer:
         writer.truncate_after(step)
         recorder = Recorder(config, run.model, writer, first_step=step)
+        saving = Saving(run)
         while step < last:
             step += 1
             watch.at(f"step {step}")
             result = run.trainer.step(step, observe_ages=recorder.ages_observer(step))
             recorder.record(step, result, memory_fill=run.trainer.memory_fill)
-            if step == last or _due(step, config.checkpoint.every_steps):
-                run.checkpoints.save(step, run.owners)
+            saving.after_step(step, last=step == last, asked=False)
             if _due(step, config.evaluation.every_steps):
                 _evaluate(run, evaluate, step)
         recorder.close()

@@ -28,7 +28,7 @@ CHANGEABLE = {
     "run": {"resume", "output_dir", "collective_timeout_s"},
     "train": {"stop_after_steps", "histogram_every_steps", "loss_piece_tokens"},
     "memory": {"group_size"},  # a checkpoint is split anew over other ranks
-    "checkpoint": {"every_steps", "keep", "memory"},
+    "checkpoint": {"every_steps", "every_minutes", "keep", "memory"},
     "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
     "backbone": {"path"},  # its identity hash is compared instead
     "data": {"path"},  # likewise
