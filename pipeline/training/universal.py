@@ -10,7 +10,6 @@ import argparse
 import io
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 from deepspeed.checkpoint import ds_to_universal
 
-from pipeline.distributed.ranks import barrier, gather, on_rank_zero, rank
+from pipeline.checkpoint.background import Background
+from pipeline.distributed.ranks import barrier, gather, rank
 from pipeline.errors import CheckpointError
 
 _POLL_S = 0.5
@@ -93,28 +93,14 @@ def _as_universal(engine: Any) -> Iterator[None]:
 
 def _on_rank_zero_patiently(work: Callable[[], None]) -> None:
     """As `on_rank_zero`, but no collective waits for the work, however long it takes: it would time out."""
-    errors: list[Exception] = []
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:  # whatever DeepSpeed raises: all ranks must hear of it
-            errors.append(error)
-        finally:
-            done.set()
-
-    if rank() == 0:
-        threading.Thread(target=run, name="universal checkpoint").start()
-    while not gather(done.is_set())[0]:
-        done.wait(_POLL_S)
-
-    def check() -> None:
-        if errors:
-            raise CheckpointError(
-                "the optimizer's state could not be converted for another number of ranks; the checkpoint is untouched",
-                got=f"{type(errors[0]).__name__}: {errors[0]}",
-                do="make room on the disk of run.output_dir, or resume with the number of ranks that saved it",
-            ) from errors[0]
-
-    on_rank_zero(check)
+    task = Background(work) if rank() == 0 else None
+    while not gather(task is None or task.is_done(wait_s=_POLL_S))[0]:
+        pass
+    error = None if task is None else task.error
+    words = gather(None if error is None else f"{type(error).__name__}: {error}")[0]
+    if words is not None:
+        raise CheckpointError(
+            "the optimizer's state could not be converted for another number of ranks; the checkpoint is untouched",
+            got=words,
+            do="make room on the disk of run.output_dir, or resume with the number of ranks that saved it",
+        ) from error
