@@ -22,7 +22,7 @@ from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import CheckpointError
-from pipeline.training.universal import load_universal
+from pipeline.training.universal import load_universal, plainly_named
 
 _TAG = "engine"
 
@@ -81,7 +81,8 @@ class EngineOwner:
         if saved.world_size != world_size():
             load_universal(self.engine, folder, _TAG, scratch=self.scratch)
             return
-        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        with plainly_named(folder) as (link,):
+            path, _ = self.engine.load_checkpoint(str(link), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no state of the SideNet in {folder}")
 

@@ -40,28 +40,39 @@ def load_universal(engine: Any, folder: Path, tag: str, *, scratch: Path) -> Non
     """
     try:
         _on_rank_zero_patiently(lambda: _convert(folder / tag, scratch / tag))
-        with _as_universal(engine):
-            path, _ = engine.load_checkpoint(str(scratch), tag=tag)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed found no state of the SideNet in {scratch}")
+        with _as_universal(engine), plainly_named(scratch) as (link,):
+            engine.load_checkpoint(str(link), tag=tag)
         barrier()
     finally:
         if rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def plainly_named(*folders: Path) -> Iterator[list[Path]]:
+    """Gives folders other names for a while: DeepSpeed 0.19 reads brackets and plus signs in a path as a pattern.
+
+    Args:
+        *folders: The folders.
+
+    Yields:
+        The other names, in the same order.
+    """
+    with tempfile.TemporaryDirectory(prefix="longmem-") as name:
+        links = [Path(name, f"link_{number}") for number in range(len(folders))]
+        for link, folder in zip(links, folders, strict=True):
+            link.symlink_to(folder.resolve())
+        yield links
+
+
 def _convert(source: Path, target: Path) -> None:
     shutil.rmtree(target.parent, ignore_errors=True)
     target.mkdir(parents=True)
     output = io.StringIO()
-    # DeepSpeed 0.19 reads the paths as patterns, so it gets names without brackets or plus signs.
-    with tempfile.TemporaryDirectory(prefix="universal-") as name:
-        links = Path(name, "source"), Path(name, "target")
-        for link, folder in zip(links, (source, target), strict=True):
-            link.symlink_to(folder.resolve())
+    with plainly_named(source, target) as (source_link, target_link):
         arguments = argparse.Namespace(
-            input_folder=str(links[0]),
-            output_folder=str(links[1]),
+            input_folder=str(source_link),
+            output_folder=str(target_link),
             num_extract_workers=1,  # more would be forks of a process that holds an accelerator
             num_merge_workers=1,
             keep_temp_folder=False,
