@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "weights (fp32), with its configuration. Needs neither the ranks nor the accelerators of the training.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_*, or a run folder: its newest")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_* or a run folder (newest)")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder")
     options = parser.parse_args(arguments)
     print(f"{export(options.checkpoint, options.output)} -> {options.output}")

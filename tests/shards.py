@@ -28,9 +28,7 @@ def place_of(rank: int, *, world_size: int, group_size: int, num_tokens: int) ->
 
 def empty_bank(place: ShardPlace) -> MemoryBank:
     """A rank's bank."""
-    num_chunks = ring_chunks(
-        place.num_tokens, segment_tokens=SEGMENT, chunk_size=CHUNK, group_size=place.group_size
-    )
+    num_chunks = ring_chunks(place.num_tokens, segment_tokens=SEGMENT, chunk_size=CHUNK, group_size=place.group_size)
     shape = BankShape(LAYERS, len(place.lanes), KV_HEADS, HEAD_DIM, num_chunks, CHUNK)
     return MemoryBank(shape, dtype=torch.bfloat16, device=torch.device("cpu"))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.checkpoint.folder import SavedWorld
-from pipeline.checkpoint.reshard import ShardPlace, reshard, rank_file
+from pipeline.checkpoint.reshard import ShardPlace, rank_file, reshard
 from pipeline.distributed.ranks import gather, rank, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank

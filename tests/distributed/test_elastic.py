@@ -101,7 +101,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every case, moved from world to world and unbroken, and runs that are killed, refused, or go on where they were."""
+    """Every case, moved from world to world and unbroken; runs that are killed, refused, or go on where they were."""
     runs = Runs(tiny_run, tmp_path_factory.mktemp("elastic [c++]"))
     paper = CASES["paper_save"]
     whole = {f"{name}_unbroken": runs.unbroken(name) for name in CASES}
@@ -133,8 +133,8 @@ def test_the_losses_are_those_of_the_unbroken_run(runs: Runs, name: str) -> None
     assert len(unbroken) == STOPS[-1] and len({record["loss"] for record in unbroken}) == STOPS[-1]
     for key in ("step", "tokens", "learning_rate", "memory_fill"):
         assert [record[key] for record in moved] == [record[key] for record in unbroken], key
-    losses = [[record["loss"] for record in records] for records in (moved, unbroken)]
-    np.testing.assert_allclose(*losses, rtol=0, atol=TOLERANCE)
+    got, expected = ([record["loss"] for record in records] for records in (moved, unbroken))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_memory_that_is_read_again_goes_on_bit_for_bit(runs: Runs) -> None:
@@ -170,8 +170,8 @@ def test_exported_weights_are_those_that_were_trained(runs: Runs, name: str, leg
     assert weights.keys() == trained.weights.keys()
     assert all(torch.equal(weights[key], trained.weights[key]) for key in weights)
     torch.testing.assert_close(logits, trained.logits, rtol=0, atol=LOGITS_TOLERANCE)
-    untrained = runs.trained[name, 0 if leg else 1].logits
-    assert not torch.allclose(logits, untrained, rtol=0, atol=100 * LOGITS_TOLERANCE)
+    other = runs.trained[name, 0 if leg else 1].logits
+    assert not torch.allclose(logits, other, rtol=0, atol=100 * LOGITS_TOLERANCE)
 
 
 def test_exported_weights_of_bf16_are_the_master_weights(runs: Runs) -> None:

@@ -17,9 +17,9 @@ from pipeline.checkpoint.reshard import ShardPlace, rank_file
 from pipeline.data.lanes import Lanes
 from pipeline.errors import CheckpointError, DataError
 from pipeline.memory.bank import BankShape, MemoryBank
-from tests.tiny_longmem import bank_bytes
 from tests import shards
 from tests.shards import place_of
+from tests.tiny_longmem import bank_bytes
 
 ALONE = SavedWorld(world_size=1, group_size=1)
 SHAPE = BankShape(num_layers=2, num_lanes=2, num_kv_heads=2, head_dim=4, num_chunks=5, chunk_size=2)

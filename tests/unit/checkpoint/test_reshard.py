@@ -48,7 +48,7 @@ def test_a_memory_that_does_not_go_back_far_enough_is_refused(tmp_path):
 def test_no_chunk_is_in_two_shards_or_in_none(tmp_path):
     saved = save(tmp_path, (4, 2), num_tokens=64, num_segments=12)
     for world_size, group_size in WORLDS:
-        seen = []
+        seen: list[tuple[int, int]] = []
         for rank in range(world_size):
             place = place_of(rank, world_size=world_size, group_size=group_size, num_tokens=64)
             state = reshard(tmp_path, saved, place, num_chunks=empty_bank(place).shape.num_chunks)

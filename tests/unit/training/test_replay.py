@@ -10,9 +10,9 @@ import torch
 
 from pipeline.data.lanes import Lanes
 from pipeline.training.replay import replay
+from tests.shards import assert_same, visible
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
-from tests.shards import assert_same, visible
 
 SEGMENT = 8
 
@@ -52,8 +52,9 @@ def read(tiny: TinyLongMem, lanes: Lanes, place: Place, *, num_segments: int):
 def test_what_can_be_seen_is_the_same(num_segments, place, scope):
     num_tokens = 44  # no whole number of segments
     memory = {"tokens": num_tokens, "chunk_size": 4, "top_k_tokens": 8, "scope": scope}
-    sections = {"memory": memory, "train": {"segment_tokens": SEGMENT}, "sidenet": {"layout": "top", "memory_layers": "all"}}
-    tiny = TinyLongMem(tiny_model("llama"), lanes=2, **sections)
+    sidenet = {"layout": "top", "memory_layers": "all"}
+    train = {"segment_tokens": SEGMENT}
+    tiny = TinyLongMem(tiny_model("llama"), lanes=2, memory=memory, train=train, sidenet=sidenet)
     lanes = Lanes(Text(), num_lanes=4, lanes=(1, 3), segment_tokens=SEGMENT, seed=0)
     bank = read(tiny, lanes, place, num_segments=num_segments)
     state, again = lanes.state_dict(), tiny.longmem.bank(2, group_size=place.size)
