@@ -30,7 +30,7 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
 from pipeline.memory.search import NOTHING, search
 from pipeline.memory.view import Geometry, MemoryView, Queries, ReadSettings
-from pipeline.memory.winners import Shared, share
+from pipeline.memory.winners import Shared, Winners, share
 
 AgeObserver = Callable[[int, Tensor], None]
 
@@ -124,6 +124,19 @@ class _Block:
     query: Tensor
     shared: Shared
 
+    def tensors(self) -> list[Tensor]:
+        """Everything in it, for autograd to keep: so activation checkpointing can drop it and read again."""
+        winners = [tensor for of in self.shared.winners for tensor in (of.members, of.slots, of.counts)]
+        return [self.query, *self.shared.holders, *winners]
+
+    @classmethod
+    def of(cls, tokens: slice, tensors: Sequence[Tensor]) -> _Block:
+        """Undoes `tensors`."""
+        query, *rest = tensors
+        holders, winners = rest[: len(query)], rest[len(query) :]
+        shared = Shared([Winners(*winners[first : first + 3]) for first in range(0, len(winners), 3)], holders)
+        return cls(tokens, query, shared)
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -199,15 +212,16 @@ class _Read(torch.autograd.Function):
                 for view, own, winners in work:
                     group.observe_ages(token_distance(view, own, winners)[..., 0][winners.valid])
         land()
-        ctx.save_for_backward(values, log_sum_exp)
-        ctx.group, ctx.blocks = group, blocks
+        ctx.save_for_backward(values, log_sum_exp, *(tensor for block in blocks for tensor in block.tensors()))
+        ctx.group, ctx.tokens = group, [block.tokens for block in blocks]
         return values, log_sum_exp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, log_sum_exp = ctx.saved_tensors
+        values, log_sum_exp, *kept = ctx.saved_tensors
         group: _Group = ctx.group
-        blocks: list[_Block] = ctx.blocks
+        each = len(kept) // len(ctx.tokens)
+        blocks = [_Block.of(tokens, kept[i * each : (i + 1) * each]) for i, tokens in enumerate(ctx.tokens)]
         grad_values, grad_lse = grads
         visible = log_sum_exp != NOTHING
         # d loss / d logit_j = p_j (grad . value_j + offset): the softmax's own term and the log-sum-exp's gradient.

@@ -1,7 +1,7 @@
 """Which of the chunks that the shards of a group found are among the best `k` of the whole group.
 
-Scores travel, then each query's `k`-th best. Only where equal scores straddle the `k`-th place do the orders that decide
-between them (`MemoryView.slot_order`) travel too.
+Scores travel, then each query's `k`-th best. Only where equal scores straddle the `k`-th place do the orders that
+decide between them (`MemoryView.slot_order`) travel too.
 
 Shapes: `G` ranks of the group, `n = Hkv * R * N` queries of a block of one rank (all ranks have as many), `k` chunks of
 a query.
@@ -114,7 +114,7 @@ def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Shared:
 
 
 def _gather_thresholds(smallest: Tensor, is_tied: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Every rank's `k`-th best scores, float32 `[G, n]`, and where equal ones straddle it, bool `[G, n]`: 5 bytes each."""
+    """Every rank's `k`-th best scores, float32 `[G, n]`, and where equal ones straddle it, bool `[G, n]`; 5 bytes."""
     packed = torch.cat([smallest[:, None].view(torch.uint8), is_tied[:, None].to(torch.uint8)], dim=-1)
     gathered = exchange.all_gather(packed, purpose="thresholds")()
     return gathered[..., :4].contiguous().view(torch.float32)[..., 0], gathered[..., 4].bool()
