@@ -241,7 +241,11 @@ def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[st
 
 def _identity_of_settings(config: Config) -> dict[str, Any]:
     """The part of `_identity` that is known before the backbone is loaded."""
-    known: dict[str, Any] = {"precision": config.train.precision, "memory": config.memory.enabled}
+    known: dict[str, Any] = {
+        "precision": config.train.precision,
+        "memory": config.memory.enabled,
+        "segments_per_step": config.train.segments_per_step,  # a step must end with the last rank of every group
+    }
     if config.memory.enabled and config.memory.scope == "group":
         # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
         groups = world_size() // config.memory.group_size

@@ -83,7 +83,9 @@ def test_an_exported_model_is_the_trained_one(tiny, run, tmp_path):
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_nothing_is_overwritten(run, tmp_path, make):
     make(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="output exists already; nothing was written; got: .*/out; do: name a new"):
+    with pytest.raises(
+        CheckpointError, match="output exists already; nothing was written; got: .*/out; do: name a new"
+    ):
         export(run, tmp_path / "out")
 
 
@@ -92,24 +94,32 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_written(run, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match="step_00000007 is corrupt; got: sidenet/model.safetensors has another hash"):
+    with pytest.raises(
+        CheckpointError, match="step_00000007 is corrupt; got: sidenet/model.safetensors has another hash"
+    ):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint to export; got: .*; expected: a folder step_.*do: name one"):
+    with pytest.raises(
+        CheckpointError, match="no checkpoint to export; got: .*; expected: a folder step_.*do: name one"
+    ):
         export(tmp_path, tmp_path / "out")
 
 
 def test_weights_of_another_backbone_are_refused(run, tmp_path):
     export(run, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="trained beside another backbone; got: [0-9a-f]{64}; expected: .*do: load"):
+    with pytest.raises(
+        CheckpointError, match="trained beside another backbone; got: [0-9a-f]{64}; expected: .*do: load"
+    ):
         load_exported(tmp_path / "out", tiny_model("gpt2"))
 
 
 def test_a_folder_that_is_no_export_is_refused(run, tmp_path):
-    with pytest.raises(CheckpointError, match="is no export; got: .*FileNotFoundError.*expected: model.safetensors, .*do"):
+    with pytest.raises(
+        CheckpointError, match="is no export; got: .*FileNotFoundError.*expected: model.safetensors, .*do"
+    ):
         load_exported(run, tiny_model("llama"))
     export(run, tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
