@@ -89,7 +89,7 @@ class Nothing:
 def test_a_checkpoint_that_does_not_fit_the_settings_is_refused_early(tiny_run, tmp_path, overrides, words):
     found = {"precision": "fp32", "memory": True, "segments_per_step": 2}
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, group_size=1, identity=found)
-    saved = checkpoints.save(3, [Nothing()])
+    saved = checkpoints.save(3, [Nothing()])  # type: ignore[list-item]
     checkpoints.publish_if_written(wait=True)
     resume = {"run": {"resume": str(saved)}}
     assert find_checkpoint(tiny_run.config(tmp_path / "other", **resume), tmp_path / "other") == saved
