@@ -83,3 +83,14 @@ def test_what_a_job_leaves_that_was_stopped_while_loading_is_no_other_run(tmp_pa
     for name in ("status.json", "lock"):
         (tmp_path / name).touch()
     check_folder(tmp_path, tiny_config())
+
+
+def test_what_a_killed_start_left_while_it_loaded_is_no_obstacle_and_goes(tmp_path):
+    (tmp_path / ".universal" / "engine").mkdir(parents=True)
+    claim(tmp_path, tiny_config())
+    assert not (tmp_path / ".universal").exists()
+
+
+def test_memory_groups_may_change(tmp_path):
+    claim(tmp_path, tiny_config())
+    claim(tmp_path, tiny_config(memory={"group_size": 2}, checkpoint={"memory": "replay"}))
