@@ -137,7 +137,7 @@ def on_two_ranks(config: Config, to_break: Config, sharded: Mapping[str, Config]
 
 def break_on_rank_one(config: Config) -> dict[str, Any]:
     """The SideNet of rank 1 puts out not-a-number in the first segment of a step."""
-    from pipeline.distributed.ranks import rank
+    from pipeline.distributed.ranks import barrier, rank
     from pipeline.errors import TrainingError
     from pipeline.metrics.record import read_metrics
 
@@ -168,7 +168,9 @@ def break_on_rank_one(config: Config) -> dict[str, Any]:
     except TrainingError as error:
         after = state(kept["run"])
         same = all(torch.equal(old, new) for old, new in zip(kept["before"], after, strict=True))
-        return {"message": str(error), "same": same, "steps": len(read_metrics(kept["run"].folder))}
+        barrier()
+        status = json.loads((kept["run"].folder / "status.json").read_text())
+        return {"message": str(error), "same": same, "steps": len(read_metrics(kept["run"].folder)), "status": status}
     return {"message": "nothing was raised"}
 
 
@@ -357,6 +359,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(two):
         assert "not finite on rank(s) [1]" in broken["message"] and "do: resume from" in broken["message"]
         assert ("got: nan on this rank" in broken["message"]) == (number == 1)
         assert broken["same"] and broken["steps"] == BROKEN_STEP - 1
+        assert broken["status"]["state"] == "failed" and "is not finite" in broken["status"]["reason"]
 
 
 def test_gradients_that_are_not_finite_leave_the_weights_and_are_told(one):
