@@ -68,10 +68,11 @@ def run_ranks(
             for rank in hung:
                 _ask_for_stack(processes[rank], folder / f"{rank}.stack")
         finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+            started = [process for process in processes if process.pid is not None]
+            for process in started:  # all before any is waited for: a rank that outlives another one reports its end
+                process.kill()
+            for process in started:
+                process.join()
         return _collect(folder, processes, hung, timeout_s=timeout_s)
 
 
