@@ -30,7 +30,15 @@ from pipeline.metrics.record import read_metrics
 WORLD_SIZE = 2
 LIMIT_S = 60.0  # of one life; a job that needs longer hangs
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
-_PRELOADED = ["deepspeed", "transformers", "datasets", "pipeline.training.loop", "torch.utils.tensorboard"]
+# What a training imports; also what DeepSpeed and transformers import only when an engine starts.
+_PRELOADED = [
+    "datasets",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pipeline.training.loop",
+    "torch.utils.tensorboard",
+    "transformers.integrations",
+    "transformers.models.llama.modeling_llama",
+]
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
 _MODES = ("operation", "operation", "saving", "moment")
 
@@ -43,7 +51,8 @@ class Kill:
         mode: `operation`, `saving` or `moment`.
         victim: The rank.
         operation: Number of its file operation below `checkpoints/` at which it dies, for mode `operation`.
-        steps: Steps that are recorded before it, for mode `moment`; -1: it is killed while it starts.
+        steps: Steps that are recorded before it, for the other modes; -1: it is killed while it starts, or in the first
+            save.
         delay_s: Seconds from those steps, or from the start, or, for mode `saving`, from when a checkpoint has begun to
             be written.
         survivor_s: How long the other rank lives on.
@@ -91,8 +100,8 @@ class Life:
 
     @property
     def lost(self) -> int:
-        """Steps that have to be done again."""
-        return max(0, self.done - self.whole)
+        """Steps of this life that have to be done again."""
+        return 0 if self.resumed is None else max(0, self.done - self.whole)
 
 
 class Job:
@@ -192,12 +201,12 @@ class Job:
 
     def _has_come(self, kill: Kill, before: set[tuple[str, int]]) -> bool:
         """Whether that has happened from which the moment of the kill is counted."""
-        if kill.mode == "saving":
-            return bool(self._unfinished() - before)
-        if kill.steps < 0:
+        if kill.mode == "moment" and kill.steps < 0:
             return True
         resumed = self._resumed()
-        return resumed is not None and self._recorded() >= resumed + kill.steps
+        if resumed is None or self._recorded() < resumed + kill.steps:
+            return False
+        return kill.mode == "moment" or bool(self._unfinished() - before)
 
     def _place(self, steps: list[int], before: set[tuple[str, int]]) -> str:
         if self._resumed() is None:
