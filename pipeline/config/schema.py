@@ -218,6 +218,9 @@ class CheckpointConfig(Section):
     whichever is due first saves."""
     keep: Count = 2
     """Newest checkpoints that stay; older ones are removed."""
+    memory: Literal["save", "replay"] = "save"
+    """`save` stores what is remembered; `replay` stores none of it, and a restart reads the last `memory.tokens` of
+    each lane again with the backbone. Loading follows what a checkpoint holds."""
 
 
 class EvaluationConfig(Section):

@@ -17,6 +17,7 @@ from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.checkpoint.folder import Checkpoints, StateOwner
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.reshard import ShardPlace
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents
@@ -26,7 +27,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, world_size
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone, RankGroup
+from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem, build, layout_of
 from pipeline.training.engine_owner import EngineOwner
@@ -37,7 +38,8 @@ from pipeline.training.engines import (
     read_backbone_config,
     start_distributed,
 )
-from pipeline.training.run_folder import check_folder
+from pipeline.training.replay import replay
+from pipeline.training.run_folder import SCRATCH, check_folder
 from pipeline.training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -124,10 +126,27 @@ def build_run(config: Config) -> Run:
         identity=_identity(config, model, backbone_identity),
         timeout_s=config.run.collective_timeout_s,
     )
-    owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
+    owners: list[StateOwner] = [
+        EngineOwner(engine, config, scratch=folder / SCRATCH),
+        LanesOwner(lanes),
+        RandomOwner(),
+    ]
     if bank is not None:
-        owners.append(MemoryOwner(bank))
+        owners.append(_memory_owner(config, model, lanes, bank, exchange))
     return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from)
+
+
+def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:
+    place = ShardPlace(
+        lanes=lanes.lanes,
+        num_lanes=config.data.lanes,
+        group_rank=exchange.rank,
+        group_size=exchange.size,
+        segment_tokens=config.train.segment_tokens,
+        num_tokens=config.memory.tokens,
+    )
+    store = config.checkpoint.memory == "save"
+    return MemoryOwner(bank, place, store=store, replay=lambda: replay(model, lanes, bank, exchange))
 
 
 def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str]:
@@ -188,9 +207,12 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
     """
     if config.run.resume == "none":
         return None
-    # The identity is not known before the backbone is loaded; the rest is checked now.
+    # What follows from the backbone's weights is compared when they are loaded, the rest now.
     checkpoints = Checkpoints(
-        folder / "checkpoints", keep=config.checkpoint.keep, group_size=config.memory.group_size, identity={}
+        folder / "checkpoints",
+        keep=config.checkpoint.keep,
+        group_size=config.memory.group_size,
+        identity=_identity_of_settings(config),
     )
     if config.run.resume == "auto":
         return checkpoints.newest()
@@ -212,11 +234,24 @@ def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[st
     """What a checkpoint must have in common with the run that loads it."""
     layout = model.sidenet.layout
     return {
+        **_identity_of_settings(config),
         "backbone": backbone_identity,
         "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
+    }
+
+
+def _identity_of_settings(config: Config) -> dict[str, Any]:
+    """The part of `_identity` that is known before the backbone is loaded."""
+    known: dict[str, Any] = {
         "precision": config.train.precision,
         "memory": config.memory.enabled,
+        "segments_per_step": config.train.segments_per_step,  # a step must end with the last rank of every group
     }
+    if config.memory.enabled and config.memory.scope == "group":
+        # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
+        groups = world_size() // config.memory.group_size
+        known["memory groups (the lanes of one share a bank, as memory.scope is 'group')"] = groups
+    return known
 
 
 def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:

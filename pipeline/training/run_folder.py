@@ -10,6 +10,7 @@ RUN/config.yaml        the resolved configuration
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from pipeline.errors import TrainingError
 from pipeline.metrics.atomic import write_text
 from pipeline.metrics.folder import write_versions
 
+SCRATCH = ".universal"  # made and removed while a checkpoint of another number of ranks is loaded
 # Settings that may differ when a run goes on: they change how long or how visibly it runs, not what it computes.
 CHANGEABLE = {
     "run": {"resume", "output_dir", "collective_timeout_s"},
     "train": {"stop_after_steps", "histogram_every_steps", "loss_piece_tokens"},
-    "checkpoint": {"every_steps", "every_minutes", "keep"},
+    "memory": {"group_size"},  # a checkpoint is split anew over other ranks
+    "checkpoint": {"every_steps", "every_minutes", "keep", "memory"},
     "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
     "backbone": {"path"},  # its identity hash is compared instead
     "data": {"path"},  # likewise
@@ -51,7 +54,7 @@ def check_folder(folder: Path, config: Config) -> None:
                 got=str(folder),
                 do="set run.resume to 'auto' to go on with it, or choose another run.output_dir",
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != SCRATCH for path in folder.iterdir()):
         raise TrainingError(
             "the run folder holds something that is not a run; nothing was written",
             got=f"{folder} without config.yaml",
@@ -73,6 +76,7 @@ def claim(folder: Path, config: Config) -> None:
     """
     check_folder(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # left if a start was killed while it loaded
     write_text(folder / "config.yaml", dump_config(config))
     write_versions(folder)
 
