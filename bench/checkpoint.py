@@ -1,10 +1,10 @@
 """What a checkpoint costs with 65,536 tokens remembered: bytes, seconds, stall of the training, seconds to resume.
 
 `checkpoint.memory` `save` and `replay` take turns in one run, with both DeepSpeed engines. The memory is filled with
-random numbers; what a restart with `replay` reads, it reads from real lanes. For each owner of state: bytes; seconds that the
-training waits for `save`; seconds of writing beside the training; seconds of `load`. Then the whole: the wait of the
-save, how much longer the steps beside the writing take than others, and when the checkpoint is there. Files are read
-back from the page cache.
+random numbers; what a restart with `replay` reads, it reads from real lanes. For each owner of state: bytes; seconds
+that the training waits for `save`; seconds of writing beside the training; seconds of `load`. Then the whole: the wait
+of the save, how much longer the steps beside the writing take than others, and when the checkpoint is there. Files are
+read back from the page cache.
 
     python bench/checkpoint.py [--profile paper|deep] [--backbone DIR] [--data DIR] [--tokens 65536] [--rounds 5]
     deepspeed --num_gpus 2 bench/checkpoint.py --group-size 2
