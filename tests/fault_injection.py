@@ -29,6 +29,7 @@ from pipeline.metrics.record import read_metrics
 
 WORLD_SIZE = 2
 LIMIT_S = 60.0  # of one life; a job that needs longer hangs
+FINISH_S = 1800.0  # of the last one, which nobody ends
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
 # What a training imports; also what DeepSpeed and transformers import only when an engine starts.
 _PRELOADED = [
@@ -125,7 +126,7 @@ class Job:
             AssertionError: It failed, or did not end in time.
         """
         ranks = self._start(None)
-        _wait(ranks)
+        _wait(ranks, FINISH_S)
         codes = [process.exitcode for process in ranks]
         _end(ranks)
         assert codes == [0] * WORLD_SIZE, f"exit codes {codes}\n{self._said()}"
@@ -153,7 +154,7 @@ class Job:
                 os.kill(victim.pid or 0, signal.SIGKILL)
                 victim.join(LIMIT_S)
             if victim.exitcode == 0:
-                _wait(ranks)
+                _wait(ranks, LIMIT_S)
                 return None
             assert victim.exitcode == -signal.SIGKILL, f"exit code {victim.exitcode}\n{self._said()}"
             time.sleep(kill.survivor_s)
@@ -180,7 +181,8 @@ class Job:
         ranks: list[BaseProcess] = []
         for rank in range(WORLD_SIZE):
             at = kill.operation if kill is not None and kill.mode == "operation" and kill.victim == rank else None
-            arguments = (rank, port, self.config, str(self.notes), at)
+            limit_s = FINISH_S if kill is None else LIMIT_S
+            arguments = (rank, port, self.config, str(self.notes), at, limit_s)
             ranks.append(self._context.Process(target=_train, args=arguments))
             ranks[-1].start()
         return ranks
@@ -238,7 +240,7 @@ class Job:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.notes.glob("log_*")))
 
 
-def _train(rank: int, port: int, config: Config, notes: str, operation: int | None) -> None:
+def _train(rank: int, port: int, config: Config, notes: str, operation: int | None, limit_s: float) -> None:
     """One rank, as a launcher starts it."""
     os.environ |= {
         "RANK": str(rank),
@@ -252,7 +254,7 @@ def _train(rank: int, port: int, config: Config, notes: str, operation: int | No
     log = os.open(Path(notes, f"log_{rank}"), os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(LIMIT_S * 0.8)  # says where it hangs
+    faulthandler.dump_traceback_later(0.8 * limit_s)  # says where it hangs
     import torch
 
     from pipeline.training.build import build_run
@@ -324,8 +326,8 @@ def exact_record(run: Path) -> list[tuple[Any, ...]]:
     return [tuple(record[key] for key in EXACT) for record in read_metrics(run)]
 
 
-def _wait(ranks: list[BaseProcess]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+def _wait(ranks: list[BaseProcess], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))
 
