@@ -6,6 +6,8 @@
 #
 # They read CONTAINER and MOUNTS of the script. After every attempt a line is written to RUN.attempts.
 
+# The interpreter of the tasks where there is no container.
+PYTHON="${PYTHON:-.venv/bin/python}"
 # Attempts in a row without a newer checkpoint, after which a run is given up.
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-3}"
 # Seconds that the other tasks have to end by themselves once the first has ended.
@@ -37,8 +39,9 @@ evaluate() {
   local run="$1"
   shift
   # launch/train.py would otherwise go on with the training.
-  [[ "$(state_of "$run")" == finished ]] ||
-    fail "$run is not a finished run (status.json: $(state_of "$run"))" "do: evaluate it when launch/status.py says finished"
+  [[ -f "$run/status.json" && "$(said "$run" step)" == "$(said "$run" steps)" ]] ||
+    fail "$run is not trained to its end (status.json: step $(said "$run" step) of $(said "$run" steps))" \
+      "do: evaluate it when launch/status.py says finished"
   start launch/train.py --config "$run/config.yaml" --run.output_dir "$run" "$@"
 }
 
@@ -65,7 +68,7 @@ start() {
 # goes with it: srun and apptainer pass all of it, pyxis lets the image's own variables win but for those named.
 run_in_container() {
   case "${CONTAINER:-}" in
-    "") command=(.venv/bin/python "$@") ;;
+    "") command=("$PYTHON" "$@") ;;
     *.sif) command=(apptainer exec --nv --pwd "$PWD" --bind "$PWD${MOUNTS:+,$MOUNTS}" "$CONTAINER" python "$@") ;;
     *)
       local names
@@ -123,14 +126,14 @@ fruitless() {
 note() {
   local run="$1" checkpoint="$2" decision="$3"
   echo "$(date -u +%FT%TZ) job=$(job) nodes=$SLURM_JOB_NODELIST checkpoint=$checkpoint $decision" >>"$run.attempts"
-  say "$decision (newest checkpoint: $checkpoint; status: $(state_of "$run"))"
+  say "$decision (newest checkpoint: $checkpoint; status: $(said "$run" state))"
 }
 
-# `running`, `finished`, `preempted` or `failed`, as the run itself has said in status.json.
-state_of() {
-  local state
-  state="$(sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' "$1/status.json" 2>/dev/null)"
-  echo "${state:-unknown}"
+# What the run has said of itself in status.json, such as its `state`: running, finished, preempted or failed.
+said() {
+  local value
+  value="$(sed -n "s/.*\"$2\": *\"\{0,1\}\([^\",]*\).*/\1/p" "$1/status.json" 2>/dev/null)"
+  echo "${value:-unknown}"
 }
 
 # The job as squeue names it; SLURM_JOB_ID alone would be all of an array for one of its tasks.

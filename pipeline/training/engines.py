@@ -33,7 +33,7 @@ from pipeline.training.optimizer import build_optimizer
 logger = logging.getLogger(__name__)
 
 
-def start_distributed(*, timeout_s: int) -> torch.device:
+def start_distributed(*, timeout_s: float) -> torch.device:
     """Joins the job that a launcher started (deepspeed, torchrun, srun, mpirun), or starts one of one rank.
 
     Args:
