@@ -49,7 +49,6 @@ SchedulerParameters=sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
-SlurmdTimeout=10
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -85,6 +84,7 @@ class SlurmCluster:
         self.environment = dict(os.environ) | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": os.environ.get("PATH", "") + os.pathsep + _SYSTEM_PATH,
+            "MASTER_ADDR": "127.0.0.1",  # no machine is called n1
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -124,10 +124,11 @@ class SlurmCluster:
 
     def kill_node(self, node: str) -> None:
         """Ends a node as a power cut would: its slurmd and every process of its jobs, all at once."""
-        daemon = psutil.Process(self._daemons[node].pid)
-        # A job's processes are children of its slurmstepd, which is nobody's child; its command names the node.
-        steps = [process for process in psutil.process_iter() if _is_step_of(process, self.folder, node)]
-        doomed = [daemon, *steps, *(child for step in steps for child in step.children(recursive=True))]
+        tasks = [process for process in psutil.process_iter() if self._is_task_of(process, node)]
+        # What starts and watches the tasks is nobody's child, and they are its children.
+        steps = [parent for parent in {task.parent() for task in tasks} if parent and parent.name() == "slurmstepd"]
+        doomed = [psutil.Process(self._daemons[node].pid), *steps, *tasks]
+        assert steps, f"{node} runs nothing"
         for process in doomed:
             process.suspend()
         for process in doomed:
@@ -137,7 +138,7 @@ class SlurmCluster:
     def stop(self) -> None:
         """Cancels all jobs and ends all daemons."""
         if "slurmctld" in self._daemons:
-            subprocess.run(["scancel", "--user", getpass.getuser()], env=self.environment, timeout=30)
+            self.cancel_all()
         for name in ("slurmctld", *NODES, "munged"):
             daemon = self._daemons.get(name)
             if daemon is not None and daemon.poll() is None:
@@ -146,6 +147,11 @@ class SlurmCluster:
                     daemon.wait(20)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
+
+    def cancel_all(self) -> None:
+        """Cancels all jobs and waits until they are gone."""
+        subprocess.run(["scancel", "--user", getpass.getuser()], env=self.environment, timeout=30, check=False)
+        wait_until(lambda: not self.command("squeue", "--noheader").strip(), "the end of all jobs", 60.0)
 
     def command(self, *words: str) -> str:
         """Runs a command of SLURM and returns what it printed."""
@@ -170,6 +176,13 @@ class SlurmCluster:
         lines = self.command("sinfo", "--noheader", "--Node", "--partition=usual", "--format=%N %T").splitlines()
         return dict(line.split() for line in lines)
 
+    def _is_task_of(self, process: psutil.Process, node: str) -> bool:
+        wanted = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURMD_NODENAME": node}
+        try:
+            return wanted.items() <= process.environ().items()
+        except psutil.Error:
+            return False
+
     def _start(self, name: str, words: Sequence[str]) -> None:
         program = _program(words[0])
         assert program is not None
@@ -190,19 +203,14 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
         cluster.stop()
 
 
-def wait_until(holds: Callable[[], bool], what: str, limit_s: float) -> None:
-    """Waits until something holds, and fails in words if it never does."""
+def wait_until(holds: Callable[[], bool], what: str, limit_s: float, log: Path | None = None) -> None:
+    """Waits until something holds, and fails in words, with the end of a log, if it never does."""
     deadline = time.monotonic() + limit_s
     while not holds():
-        assert time.monotonic() < deadline, f"waited {limit_s:g} s for {what}"
+        if time.monotonic() > deadline:
+            said = log.read_text()[-6000:] if log is not None and log.is_file() else ""
+            raise AssertionError(f"waited {limit_s:g} s for {what}\n{said}")
         time.sleep(0.2)
-
-
-def _is_step_of(process: psutil.Process, folder: Path, node: str) -> bool:
-    try:
-        return "slurmstepd" in process.name() and process.environ().get("SLURM_CONF", "").startswith(str(folder))
-    except psutil.Error:
-        return False
 
 
 def _free_ports(number: int) -> list[int]:

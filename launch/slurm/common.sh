@@ -93,8 +93,9 @@ go_on() {
     note "$run" "$checkpoint" "exit code $code: SLURM has taken the job back"
     exit "$code"
   fi
-  # A run that fails ends with 1 or 2 on every task: it would fail again. Above 128 a task was killed.
-  if ((code != UNFINISHED && code <= 128)); then
+  # A run that fails by itself ends with 1 or 2 on every task: it would fail again. Above 128 a task was killed. srun
+  # knows no exit code of tasks on a lost node, which SLURM may give up minutes later (SlurmdTimeout): the others say it.
+  if ((code != UNFINISHED && code <= 128)) && ! grep -qs '"reason": .*died or fell silent' "$run/status.json"; then
     note "$run" "$checkpoint" "exit code $code: failed, not requeued"
     exit "$code"
   fi

@@ -67,7 +67,7 @@ def first_host(nodes: str) -> str:
     """The first of a list of nodes in SLURM's short form.
 
     Args:
-        nodes: Such as `n1`, `n[01-16,20]` or `rack[1-2]-ib,login`.
+        nodes: Such as `n1`, `n[01-16,20]` or `r[1-2]n[1-4],login`.
 
     Returns:
         The host's name.

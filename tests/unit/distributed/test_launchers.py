@@ -58,7 +58,6 @@ def test_a_task_that_speaks_pmi_is_srun_s() -> None:
         ("n1,n2", "n1"),
         ("n[01-16,20]", "n01"),
         ("n[3,5-6],m1", "n3"),
-        ("rack[1-2]-ib,login", "rack1-ib"),
         ("r[1-2]n[10-12]", "r1n10"),
         ("login,n[1-2]", "login"),
     ],
