@@ -20,7 +20,7 @@ GPUS = 2  # of each node; SLURM only counts them
 REQUEUE_DELAY_S = 5
 _START_S = 30.0
 _SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+_PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
 _CONFIGURATION = """
 ClusterName=tests
@@ -186,9 +186,11 @@ class SlurmCluster:
     def _start(self, name: str, words: Sequence[str]) -> None:
         program = _program(words[0])
         assert program is not None
+        # They end with the tests, even if those are killed.
+        command = ["setpriv", "--pdeathsig", "TERM", program, *words[1:]]
         with (self.folder / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [program, *words[1:]], stdout=log, stderr=log, env=self.environment, start_new_session=True
+                command, stdout=log, stderr=log, env=self.environment, start_new_session=True
             )
 
 
