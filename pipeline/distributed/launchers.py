@@ -45,7 +45,7 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         environment: The process's environment.
 
     Returns:
-        `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`; the last two as they are where they are set.
+        `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`; the last two stay as they are set.
         Empty if srun did not start this process, or if the variables are there already.
     """
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")

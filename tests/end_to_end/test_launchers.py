@@ -1,4 +1,4 @@
-"""Ways to start two ranks besides `deepspeed --num_gpus`: mpirun, torchrun, and two nodes of DeepSpeed, by ssh and without."""
+"""Starting two ranks without `deepspeed --num_gpus`: mpirun, torchrun, two nodes of DeepSpeed, by ssh and by hand."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def test_two_nodes_without_ssh(expected: list[float]) -> None:
 @needs("mpirun", packages="openmpi-bin")
 def test_mpirun_stops_and_goes_on(tiny_run: TinyRun, tmp_path: Path, expected: list[float]) -> None:
     command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable]
-    config, run = tiny_run.write_config(tmp_path / "run.yaml", tmp_path / "run", train={"steps": STEPS}), tmp_path / "run"
+    config, run = (
+        tiny_run.write_config(tmp_path / "run.yaml", tmp_path / "run", train={"steps": STEPS}),
+        tmp_path / "run",
+    )
     with (tmp_path / "log").open("w") as log:
         words = [*command, "launch/train.py", "--config", str(config)]
         process = subprocess.Popen(words, cwd=ROOT, env=environment(**MPI), stdout=log, stderr=log)

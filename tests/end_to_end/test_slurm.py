@@ -97,7 +97,13 @@ def edited(name: str, path: Path, **variables: object) -> Path:
 
 
 def start(
-    cluster: SlurmCluster, tmp_path: Path, name: str, config: Path, *arguments: str, options: tuple[str, ...], **top: str
+    cluster: SlurmCluster,
+    tmp_path: Path,
+    name: str,
+    config: Path,
+    *arguments: str,
+    options: tuple[str, ...],
+    **top: str,
 ) -> Job:
     """Sends a script for a run in `tmp_path`."""
     script = edited(name, tmp_path / name, CONFIG=config, RUN=tmp_path / "run", **top)
@@ -209,7 +215,9 @@ def test_a_lost_node(cluster, config, expected, tmp_path: Path) -> None:
     assert 5 <= job.steps_done() < STEPS
     cluster.start_node("n2")
     check_finished(job, expected)
-    assert job.decisions() == ["exit code 1: requeued", "exit code 0: done"]
+    # SLURM counts a requeued job's steps from 0 again: what it still wanted to kill on n2 may hit the second attempt.
+    first, *others, _ = job.decisions()
+    assert first == "exit code 1: requeued" and set(others) <= {"exit code 137: requeued"}
     assert "rank 1 died or fell silent" in job.log.read_text()
 
 
@@ -235,7 +243,9 @@ def test_a_node_that_slurm_gives_up_and_a_cancelled_run(cluster, config, expecte
 def test_an_array_trains_with_each_setting(cluster, config, expected, tmp_path: Path) -> None:
     sweep = '("--train.learning_rate 0.003" "--train.learning_rate 0.006")'
     options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
-    both = start(cluster, tmp_path, "sweep.sbatch", config, "--train.stop_after_steps", "8", options=options, SWEEP=sweep)
+    both = start(
+        cluster, tmp_path, "sweep.sbatch", config, "--train.stop_after_steps", "8", options=options, SWEEP=sweep
+    )
     jobs = [Job(cluster, f"{both.number}_{number}", both.run / str(number), both.log) for number in (0, 1)]
     for job in jobs:
         assert job.wait_for_end()["JobState"] == "COMPLETED", job.log.read_text()[-6000:]
