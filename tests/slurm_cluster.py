@@ -47,7 +47,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=30
+KillWait=20
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
