@@ -7,6 +7,7 @@ again, 1 failed. `RUN/status.json` says the same with the reason.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -68,6 +69,8 @@ def _train(config: Config, signals: Signals) -> Ended:
 if __name__ == "__main__":
     # DeepSpeed 0.19 still calls collectives by names that torch 2.13 is renaming; nothing that a user can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # What a rank says when another one is gone would stand below pages of torch's own frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with explained():
         main()

@@ -197,7 +197,7 @@ class Watch:
         ]
         if self._store_is_lost:
             known = any(by_why.values()) or rank() == 0
-            words = "its process held the job's store of signs"
+            words = f"its process held the job's store of signs; rank {rank()} was in {self._place}"
             missing = [] if known else [Report(0, "silent", self._places.get(0, "unknown"), words)]
         chosen = by_why["own"] or by_why["silent"] or [*by_why["stuck"], *missing]
         blamed = {found.rank: found for found in chosen if found.rank != rank()}

@@ -31,13 +31,15 @@ from pipeline.sidenet.sidenet import SideNet
 from pipeline.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
+_JOINING = datetime.timedelta(minutes=5)
 
 
 def start_distributed(*, timeout_s: float) -> torch.device:
     """Joins the job that a launcher started (deepspeed, torchrun, srun, mpirun), or starts one of one rank.
 
     Args:
-        timeout_s: Seconds after which a collective that does not end ends the job.
+        timeout_s: Seconds after which a collective that does not end fails, once all ranks have joined; for joining
+            they have at least five minutes.
 
     Returns:
         This rank's device.
@@ -65,7 +67,10 @@ def start_distributed(*, timeout_s: float) -> torch.device:
     # DeepSpeed 0.19 makes groups of its own without a time-out. Theirs would be torch's default of 30 minutes, whatever
     # the job's is; torch 2.13 has no public way to change it.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
-    deepspeed.init_distributed(timeout=limit, verbose=False)
+    # Ranks may start minutes apart: imports from a busy file system, nodes that come one after the other.
+    deepspeed.init_distributed(timeout=max(limit, _JOINING), verbose=False)
+    distributed_c10d._set_pg_timeout(limit)
+    distributed_c10d._get_default_store().set_timeout(limit)
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(accelerator.current_device_name())
