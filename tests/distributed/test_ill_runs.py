@@ -78,8 +78,10 @@ def train_into(harm: str, config: Config) -> None:
     step = run.trainer.step
 
     def harmed(number: int, **kwargs: Any) -> Any:
-        if number == ILL_STEP and rank() == culprit:
-            do(config)
+        if number == ILL_STEP:
+            run.checkpoints.publish_if_written(wait=True)
+            if rank() == culprit:
+                do(config)
         return step(number, **kwargs)
 
     run.trainer.step = harmed  # type: ignore[method-assign]
