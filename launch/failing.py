@@ -6,9 +6,10 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from pipeline.errors import LongMemError
+from pipeline.distributed.launchers import local_rank
+from pipeline.errors import EXIT_FAILED, LongMemError
 
 
 @contextmanager
@@ -24,12 +25,17 @@ def explained() -> Iterator[None]:
     try:
         yield
     except LongMemError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or f"rank {_rank()}" in str(error):
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        _leave(1)
+        if local_rank(os.environ) == 0 or f"rank {_rank()}" in str(error):
+            _say(f"\nerror: {error}")
+        leave(EXIT_FAILED)
     except Exception:
-        print(f"\nrank {_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        _leave(1)
+        _say(f"\nrank {_rank()} failed:\n{traceback.format_exc()}")
+        leave(EXIT_FAILED)
+
+
+def _say(words: str) -> None:
+    with suppress(OSError):  # a log on a full disk
+        print(words, file=sys.stderr, flush=True)
 
 
 def _rank() -> str:
@@ -37,10 +43,15 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def _leave(code: int) -> None:
-    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def leave(code: int) -> None:
+    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them.
+
+    Args:
+        code: The exit code.
+    """
+    with suppress(OSError):  # a log on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
     sys.exit(code)

@@ -1,17 +1,28 @@
-"""Trains LongMem: `deepspeed launch/train.py --config FILE [--section.key value ...]`; `--help` lists every setting."""
+"""Trains LongMem: `deepspeed launch/train.py --config FILE [--section.key value ...]`; `--help` lists every setting.
+
+Exit codes, on every rank: 0 finished (or stopped by `train.stop_after_steps`), 75 stopped by a signal and to be started
+again, 1 failed. `RUN/status.json` says the same with the reason.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.failing import explained
+from launch.failing import explained, leave
 from pipeline.config.load import load_from_command_line
 from pipeline.config.schema import Config
+from pipeline.distributed.signals import Signals
+from pipeline.errors import EXIT_PREEMPTED
+
+if TYPE_CHECKING:
+    from pipeline.training.loop import Ended
 
 
 def main() -> None:
@@ -25,6 +36,13 @@ def run(config: Config) -> None:
     Args:
         config: The settings.
     """
+    with Signals(usr1_stops=config.run.on_usr1 == "stop") as signals:
+        ended = _train(config, signals)
+        if ended.asked is not None:
+            leave(EXIT_PREEMPTED)
+
+
+def _train(config: Config, signals: Signals) -> Ended:
     # Loaded after the settings are known to be right: these imports take seconds.
     from eval.perplexity import check_evaluation, evaluate
     from pipeline.distributed.ranks import rank, world_size
@@ -33,20 +51,26 @@ def run(config: Config) -> None:
     from pipeline.training.summary import summary
 
     check_evaluation(config)
-    built = build_run(config)
-    train(
+    built = build_run(config, signals=signals)
+    ended = train(
         built,
         evaluate=lambda model, store: evaluate(
             model, store, config, rank=rank(), world_size=world_size(), progress=rank() == 0
         ),
+        signals=signals,
     )
     if rank() == 0:
         print(summary(built.folder), flush=True)
+        if ended.reason is not None:
+            print(f"stopped after step {ended.step} by {ended.reason}; start again to go on", flush=True)
+    return ended
 
 
 if __name__ == "__main__":
     # DeepSpeed 0.19 still calls collectives by names that torch 2.13 is renaming; nothing that a user can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # What a rank says when another one is gone would stand below pages of torch's own frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with explained():
         main()

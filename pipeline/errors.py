@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_FAILED = 1
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: stopped before the end, to be started again."""
+
 
 class LongMemError(Exception):
     """Base of every error that LongMem raises on purpose; the launchers print it without a traceback.
@@ -13,7 +17,12 @@ class LongMemError(Exception):
         got: What was found.
         expected: What would have been right.
         do: What the user can do about it.
+
+    Attributes:
+        on_all_ranks: Whether every rank raises it at the same place, so that nobody need be told.
     """
+
+    on_all_ranks = False
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, do: str | None = None) -> None:
         parts = [what]

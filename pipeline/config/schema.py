@@ -64,8 +64,11 @@ class RunConfig(Section):
     resume: Text = "auto"
     """`auto` goes on from the newest checkpoint of `output_dir` or starts afresh, `none` starts afresh, a folder
     names the checkpoint to go on from."""
-    collective_timeout_s: Count = 1800
-    """Seconds after which a collective that a rank never joined ends the run instead of hanging."""
+    collective_timeout_s: Annotated[int, Field(ge=10)] = 1800
+    """Seconds within which a rank that died or is stuck ends the run on all ranks, counted from when they wait for it.
+    Collectives time out a little earlier, to leave time for finding out which rank it was."""
+    on_usr1: Literal["stop", "continue"] = "stop"
+    """What SIGUSR1 does after saving: end the run as SIGTERM and SIGINT do, or go on."""
 
 
 class BackboneConfig(Section):

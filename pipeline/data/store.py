@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -89,6 +90,7 @@ class TokenStore:
         self.lengths: npt.NDArray[np.int64] = list_lengths(column)
         self._column = column
         self._sources = sources
+        self._files = self._stamps()
 
     @classmethod
     def open(cls, path: str | Path, split: str = "train") -> TokenStore:
@@ -137,6 +139,30 @@ class TokenStore:
     def source(self, document: int) -> str:
         """Where the document came from: a file, with line or row where there are several in a file."""
         return str(self._sources[document].as_py())
+
+    def check_unchanged(self) -> None:
+        """Check that no file of this split was changed since it was opened; asks the file system only, reads nothing.
+
+        Raises:
+            DataError: A file was changed or is gone.
+        """
+        found = self._stamps()
+        changed = sorted(name for name in self._files.keys() | found.keys() if self._files.get(name) != found.get(name))
+        if changed:
+            raise DataError(
+                f"the token store {self.path} has changed since it was opened",
+                got=f"other size or time of change, or gone: {', '.join(changed)}",
+                do="put the store back as it was and start again, or start a new run.output_dir with the new one",
+            )
+
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        """Size in bytes and time of the last change in ns of the files of this split; none if they are gone."""
+        stamps = {}
+        for path in (self.path / _INFO_FILE, *(self.path / self.split).glob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                stamps[str(path.relative_to(self.path))] = (found.st_size, found.st_mtime_ns)
+        return stamps
 
     def _check_counts(self) -> None:
         expected = self.info.splits[self.split]

@@ -27,7 +27,7 @@ class MemoryGroup:
     process_group: dist.ProcessGroup | None
 
     @classmethod
-    def build(cls, size: int, *, timeout_s: int, on_host: bool = False) -> MemoryGroup:
+    def build(cls, size: int, *, timeout_s: float, on_host: bool = False) -> MemoryGroup:
         """Splits the ranks of the job into memory groups.
 
         Collective: every rank of the job must call it.

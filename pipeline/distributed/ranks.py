@@ -75,8 +75,11 @@ def together(work: Callable[[], Result]) -> Result:
     if not failed:
         return result  # type: ignore[return-value]
     if isinstance(error, LongMemError) and len(set(reports)) == 1:
+        error.on_all_ranks = True
         raise error
-    raise TrainingError(f"rank(s) {failed} of {len(reports)} failed; rank {failed[0]}: {reports[failed[0]]}") from error
+    other = TrainingError(f"rank(s) {failed} of {len(reports)} failed; rank {failed[0]}: {reports[failed[0]]}")
+    other.on_all_ranks = True
+    raise other from error
 
 
 def on_rank_zero(work: Callable[[], None]) -> None:
@@ -105,9 +108,11 @@ def check_agreement(name: str, value: Any) -> None:
     values = gather(value)
     other = [number for number, found in enumerate(values) if found != values[0]]
     if other:
-        raise TrainingError(
+        error = TrainingError(
             f"the ranks disagree on {name}",
             got=f"rank {other[0]} has {values[other[0]]!r} (differing ranks: {other})",
             expected=f"rank 0's {values[0]!r}",
             do="start every rank with the same files and command line",
         )
+        error.on_all_ranks = True
+        raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.checkpoint.folder import Checkpoints, StateOwner
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
 from pipeline.checkpoint.reshard import ShardPlace
 from pipeline.config.schema import Config
@@ -26,6 +28,8 @@ from pipeline.data.store import TokenStore, check_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, world_size
+from pipeline.distributed.signals import Signals
+from pipeline.distributed.watch import TimeLimits
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.metrics.phases import PhaseTimer
@@ -38,6 +42,7 @@ from pipeline.training.engines import (
     read_backbone_config,
     start_distributed,
 )
+from pipeline.training.job import Job
 from pipeline.training.replay import replay
 from pipeline.training.run_folder import SCRATCH, check_folder
 from pipeline.training.step import Trainer
@@ -57,6 +62,17 @@ class Stores:
     train: TokenStore
     validation: TokenStore | None
 
+    def check_unchanged(self) -> None:
+        """Checks on one rank of each machine that the stores are what they were when they were opened.
+
+        Raises:
+            DataError: One is not; on that rank only.
+        """
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for store in (self.train, self.validation):
+                if store is not None:
+                    store.check_unchanged()
+
 
 @dataclass(frozen=True)
 class Run:
@@ -72,6 +88,7 @@ class Run:
         checkpoints: The run's checkpoints.
         owners: Everything that must survive a restart (docs/architecture.md lists it).
         resume_from: The checkpoint to go on from, or None.
+        job: How it fares, and how it ends.
     """
 
     config: Config
@@ -83,15 +100,17 @@ class Run:
     checkpoints: Checkpoints
     owners: Sequence[StateOwner]
     resume_from: Path | None
+    job: Job
 
 
-def build_run(config: Config) -> Run:
+def build_run(config: Config, *, signals: Signals | None = None) -> Run:
     """Builds a run.
 
     Collective: every rank must call it together.
 
     Args:
         config: The settings.
+        signals: What may ask the job to stop, or None.
 
     Returns:
         The run; nothing has been trained yet.
@@ -99,20 +118,30 @@ def build_run(config: Config) -> Run:
     Raises:
         LongMemError: Something is wrong with settings, data, backbone, run folder or checkpoint; on every rank.
     """
-    device = start_distributed(timeout_s=config.run.collective_timeout_s)
+    limits = TimeLimits.of(config.run.collective_timeout_s)
+    device = start_distributed(timeout_s=limits.collective_s)
+    job = Job(config, signals)
+    with job.ending_together():
+        return _build(config, device, job, limits)
+
+
+def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -> Run:
+    job.watch.at("checking")
     check_agreement("the configuration", config.model_dump(mode="json"))
     split = check_world(config, world_size())
     check_precision(config)
     stores = together(lambda: check_inputs(config))
-    folder = Path(config.run.output_dir)
+    folder = job.folder
     on_rank_zero(lambda: check_folder(folder, config))
     resume_from = together(lambda: find_checkpoint(config, folder))
+    job.begin(0 if resume_from is None else int(read_manifest(resume_from)["step"]))
     group = MemoryGroup.build(
         config.memory.group_size,
-        timeout_s=config.run.collective_timeout_s,
+        timeout_s=limits.collective_s,
         on_host=config.memory.device == "host",
     )
     _seed(config.run.seed)
+    job.watch.at("loading the backbone")
     model, engine, backbone_identity = build_model(config, device)
     lanes = _lanes(config, stores.train, split, group.number)
     bank = model.bank(split.lanes_per_group, group_size=group.size) if config.memory.enabled else None
@@ -133,7 +162,7 @@ def build_run(config: Config) -> Run:
     ]
     if bank is not None:
         owners.append(_memory_owner(config, model, lanes, bank, exchange))
-    return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from)
+    return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
 
 
 def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:

@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pipeline.backbone.backbone import Backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
+from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
 from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import DTYPES
@@ -31,19 +32,21 @@ from pipeline.training.leftovers import lock_extensions_for_life, unlink_shared_
 from pipeline.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
-_MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+_JOINING = datetime.timedelta(minutes=5)
 
 
-def start_distributed(*, timeout_s: int) -> torch.device:
+def start_distributed(*, timeout_s: float) -> torch.device:
     """Joins the job that a launcher started (deepspeed, torchrun, srun, mpirun), or starts one of one rank.
 
     Args:
-        timeout_s: Seconds after which a collective that does not end ends the job.
+        timeout_s: Seconds after which a collective that does not end fails, once all ranks have joined; for joining
+            they have at least five minutes.
 
     Returns:
         This rank's device.
     """
-    if "RANK" not in os.environ and not any(mark in os.environ for mark in _MPI_MARKS):
+    os.environ.update(slurm_ranks(os.environ))
+    if "RANK" not in os.environ and not is_started_by_mpi(os.environ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -66,7 +69,10 @@ def start_distributed(*, timeout_s: int) -> torch.device:
     # the job's is; torch 2.13 has no public way to change it.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     lock_extensions_for_life()
-    deepspeed.init_distributed(timeout=limit, verbose=False)
+    # Ranks may start minutes apart: imports from a busy file system, nodes that come one after the other.
+    deepspeed.init_distributed(timeout=max(limit, _JOINING), verbose=False)
+    distributed_c10d._set_pg_timeout(limit)
+    distributed_c10d._get_default_store().set_timeout(limit)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         unlink_shared_buffers()

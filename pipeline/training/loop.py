@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from pipeline.data.store import TokenStore
 from pipeline.distributed.ranks import gather, on_rank_zero, rank
-from pipeline.distributed.watch import Watch
+from pipeline.distributed.signals import Signals
 from pipeline.metrics.atomic import write_text
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
-from pipeline.training.run_folder import claim
 from pipeline.training.saving import Saving
 from pipeline.training.summary import EVALUATION_NAME
-
-logger = logging.getLogger(__name__)
 
 
 class Report(Protocol):
@@ -33,57 +30,91 @@ class Report(Protocol):
 Evaluate = Callable[[LongMem, TokenStore], Report]
 
 
-def train(run: Run, *, evaluate: Evaluate | None = None) -> int:
-    """Trains until `train.steps` or `train.stop_after_steps`.
+@dataclass(frozen=True)
+class Ended:
+    """How training ended.
+
+    Attributes:
+        step: Optimizer steps done in all.
+        state: `finished`, or `preempted`: start it again to go on.
+        reason: Why it is not finished, or None.
+        asked: What asked it to stop, one of `ASKS`, or None.
+    """
+
+    step: int
+    state: Literal["finished", "preempted"]
+    reason: str | None
+    asked: str | None = None
+
+
+def train(run: Run, *, evaluate: Evaluate | None = None, signals: Signals | None = None) -> Ended:
+    """Trains until `train.steps` or `train.stop_after_steps`, or until a signal asks for the end.
 
     Collective: every rank must call it together.
 
     Args:
         run: The run.
         evaluate: Evaluates held-out documents; called on every rank together.
+        signals: The signals of this process, or None: they do what they did before.
 
     Returns:
-        Optimizer steps done in all.
+        How it ended, the same on all ranks.
 
     Raises:
         LongMemError: Training cannot go on, here or on another rank, which is named; the last checkpoint is whole.
     """
-    watch = Watch()
-    try:
-        return _train(run, evaluate, watch)
-    except Exception as error:
-        explained = watch.explained(error)
-        if explained is error:
-            raise
-        raise explained from error
-    finally:
-        watch.stop()
+    with run.job.ending_together():
+        ended = _train(run, evaluate, signals or Signals())
+        run.job.end(ended.state, ended.reason)
+    return ended
 
 
-def _train(run: Run, evaluate: Evaluate | None, watch: Watch) -> int:
-    config = run.config
-    step = 0
+def _train(run: Run, evaluate: Evaluate | None, signals: Signals) -> Ended:
+    config, job, step = run.config, run.job, 0
     if run.resume_from is not None:
+        job.watch.at("loading the checkpoint")
         step = run.checkpoints.load(run.resume_from, run.owners, or_older=config.run.resume == "auto")
-    on_rank_zero(lambda: claim(run.folder, config))
+    job.claim(step)
     run.checkpoints.truncate_after(step)
     last = max(step, min(config.train.steps, config.train.stop_after_steps or config.train.steps))
+    stop: str | None = None
     with MetricsWriter(run.folder, enabled=rank() == 0) as writer:
         writer.truncate_after(step)
         recorder = Recorder(config, run.model, writer, first_step=step)
         saving = Saving(run)
-        while step < last:
+        signals.begin_steps()
+        while step < last and stop is None:
             step += 1
-            watch.at(f"step {step}")
-            result = run.trainer.step(step, observe_ages=recorder.ages_observer(step))
+            job.watch.at(f"step {step}")
+            result = run.trainer.step(step, observe_ages=recorder.ages_observer(step), asked=lambda: signals.asked)
             recorder.record(step, result, memory_fill=run.trainer.memory_fill)
-            saving.after_step(step, last=step == last, asked=False)
-            if _due(step, config.evaluation.every_steps):
+            run.stores.check_unchanged()
+            stop = _stops(result.asked, signals)
+            job.watch.at(f"step {step}, saving")
+            saving.after_step(step, last=step == last or stop is not None, asked=result.asked is not None)
+            job.after_step(step)
+            if stop is None and _due(step, config.evaluation.every_steps):
+                job.watch.at(f"the evaluation after step {step}")
                 _evaluate(run, evaluate, step)
         recorder.close()
-    if step == config.train.steps and not _is_evaluated(run, step):
+    if stop is not None:
+        signals.all_done()
+        return Ended(step, "preempted", stop, stop)
+    if step < config.train.steps:
+        return Ended(step, "preempted", "train.stop_after_steps")
+    if not _is_evaluated(run, step):
+        job.watch.at(f"the evaluation after step {step}")
         _evaluate(run, evaluate, step)
-    return step
+    signals.all_done()
+    return Ended(step, "finished", None)
+
+
+def _stops(asked: str | None, signals: Signals) -> str | None:
+    """What ends the run once it is saved, of what was asked for; the same on all ranks."""
+    if asked == "SIGUSR1" and not signals.usr1_stops:
+        signals.heeded(asked)
+        return None
+    return asked
 
 
 def _due(step: int, every: int) -> bool:

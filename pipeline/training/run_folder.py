@@ -6,6 +6,8 @@ RUN/config.yaml        the resolved configuration
     tensorboard/       the same, and histograms
     checkpoints/       see pipeline/checkpoint/folder.py
     evaluation.json    the held-out evaluation, and evaluation.txt, its table
+    status.json        how it goes: running, finished, preempted or failed, and why
+    lock               held by the job that writes here
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from pipeline.config.schema import Config
 from pipeline.errors import TrainingError
 from pipeline.metrics.atomic import write_text
 from pipeline.metrics.folder import write_versions
+from pipeline.metrics.status import STATUS_NAME
+from pipeline.training.run_lock import LOCK_NAME
 
+_CONFIG_NAME = "config.yaml"
 SCRATCH = ".universal"  # made and removed while a checkpoint of another number of ranks is loaded
 # Settings that may differ when a run goes on: they change how long or how visibly it runs, not what it computes.
 CHANGEABLE = {
-    "run": {"resume", "output_dir", "collective_timeout_s"},
+    "run": {"resume", "output_dir", "collective_timeout_s", "on_usr1"},
     "train": {"stop_after_steps", "histogram_every_steps", "loss_piece_tokens"},
     "memory": {"group_size"},  # a checkpoint is split anew over other ranks
     "checkpoint": {"every_steps", "every_minutes", "keep", "memory"},
@@ -33,6 +38,18 @@ CHANGEABLE = {
     "backbone": {"path"},  # its identity hash is compared instead
     "data": {"path"},  # likewise
 }
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a run has written into a folder.
+
+    Args:
+        folder: The run folder; may be missing.
+
+    Returns:
+        The answer.
+    """
+    return (folder / _CONFIG_NAME).is_file()
 
 
 def check_folder(folder: Path, config: Config) -> None:
@@ -45,7 +62,9 @@ def check_folder(folder: Path, config: Config) -> None:
     Raises:
         TrainingError: It holds a run of another configuration, a run that is not to be resumed, or something else.
     """
-    path = folder / "config.yaml"
+    path = folder / _CONFIG_NAME
+    # What a job leaves that was stopped while its weights were loaded.
+    nothing = {STATUS_NAME, LOCK_NAME, SCRATCH}
     if path.is_file():
         _check_same(path, config)
         if config.run.resume == "none":
@@ -54,7 +73,7 @@ def check_folder(folder: Path, config: Config) -> None:
                 got=str(folder),
                 do="set run.resume to 'auto' to go on with it, or choose another run.output_dir",
             )
-    elif folder.is_dir() and any(path.name != SCRATCH for path in folder.iterdir()):
+    elif folder.is_dir() and any(found.name not in nothing for found in folder.iterdir()):
         raise TrainingError(
             "the run folder holds something that is not a run; nothing was written",
             got=f"{folder} without config.yaml",
@@ -77,7 +96,7 @@ def claim(folder: Path, config: Config) -> None:
     check_folder(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # left if a start was killed while it loaded
-    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / _CONFIG_NAME, dump_config(config))
     write_versions(folder)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.data.lanes import Lanes, Segment
 from pipeline.distributed.ranks import gather, world_size
+from pipeline.distributed.signals import ASKS
 from pipeline.errors import TrainingError
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Exchange
@@ -39,6 +40,7 @@ class StepResult:
         seconds: Of the step.
         phases: Seconds of each phase on this rank.
         traffic: Bytes that this rank sent for its memory group, by purpose.
+        asked: What asks the run to stop or to save, on any rank: one of `ASKS`, or None.
     """
 
     loss: float
@@ -48,6 +50,7 @@ class StepResult:
     seconds: float
     phases: dict[str, float]
     traffic: dict[str, int]
+    asked: str | None
 
 
 class Trainer:
@@ -77,7 +80,9 @@ class Trainer:
         self.model, self.engine, self.lanes, self.bank, self.exchange = model, engine, lanes, bank, exchange
         self.timer, self.num_segments = timer, num_segments
 
-    def step(self, number: int, *, observe_ages: AgeObserver | None = None) -> StepResult:
+    def step(
+        self, number: int, *, observe_ages: AgeObserver | None = None, asked: Callable[[], str | None] = lambda: None
+    ) -> StepResult:
         """Does one optimizer step.
 
         Collective: every rank must call it together.
@@ -85,6 +90,7 @@ class Trainer:
         Args:
             number: The step, counted from 1.
             observe_ages: As in `BankReader`.
+            asked: Says, near the end of the step, what asks this rank to stop or to save.
 
         Returns:
             The step's record.
@@ -93,22 +99,25 @@ class Trainer:
             TrainingError: A loss is not finite; the optimizer has not stepped.
         """
         begun = time.perf_counter()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.model.device)  # sum of losses, predicted tokens
+        # Sum of losses, predicted tokens, and who asks for what: all of them travel in one all-reduce.
+        totals = torch.zeros(2 + len(ASKS), dtype=torch.float64, device=self.model.device)
         for micro in range(self.num_segments):
             with self.timer.phase("data"):
                 segment = self.lanes.next_of_group(self.exchange.rank, self.exchange.size)
             losses, counted = self._forward(segment, observe_ages)
-            totals += torch.stack([losses.detach().sum().double(), counted.double()])
+            totals[:2] += torch.stack([losses.detach().sum().double(), counted.double()])
             with self.timer.phase("backward"):
                 # Every token weighs the same on every rank: divide by all tokens, not by those with a target.
                 self.engine.backward(losses.sum() / losses.numel())
             if micro + 1 == self.num_segments:
+                if (ask := asked()) is not None:
+                    totals[2 + ASKS.index(ask)] = 1
                 self._check_finite(number, totals)
             with self.timer.phase("optimizer"):
                 learning_rate = learning_rate_at(number, self.model.config.train)
                 set_learning_rate(self.engine.optimizer, learning_rate)
                 self.engine.step()
-        loss_sum, count = totals.tolist()
+        loss_sum, count, *asks = totals.tolist()
         tokens = self.num_segments * losses.numel() * world_size()
         return StepResult(
             loss=loss_sum / max(count, 1.0),
@@ -118,6 +127,7 @@ class Trainer:
             seconds=time.perf_counter() - begun,
             phases=self.timer.collect(),
             traffic=self._collect_traffic(),
+            asked=next((ask for ask, ranks in zip(ASKS, asks, strict=True) if ranks), None),
         )
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
@@ -160,11 +170,13 @@ class Trainer:
         if math.isfinite(float(totals[0])):
             return
         ill = [rank for rank, value in enumerate(gather(mine)) if not math.isfinite(value)]
-        raise TrainingError(
+        error = TrainingError(
             f"the loss of step {number} is not finite; the optimizer has not stepped",
             got=f"{mine} on this rank; not finite on rank(s) {ill}; lanes read up to token {self.lane_tokens}",
             do="resume from the last checkpoint with a lower train.learning_rate, or in bf16 or fp32 instead of fp16",
         )
+        error.on_all_ranks = True
+        raise error
 
     @property
     def lane_tokens(self) -> int:

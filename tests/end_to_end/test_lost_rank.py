@@ -1,49 +1,51 @@
-"""A rank that is killed in training ends the whole job, in time, and costs no whole checkpoint."""
+"""A rank that is killed or stopped in training ends the whole job in time, and costs no whole checkpoint."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
-from pipeline.metrics.record import read_metrics
-from tests.end_to_end.test_train import ROOT, TIMEOUT_S, command_line
+from tests.end_to_end.running import has_ended, running
 from tests.tiny_run import TinyRun
 
-COLLECTIVE_TIMEOUT_S = 15
-LIMIT_S = 90  # for the time-out, the grace after it, and the launcher's own
+TIMEOUT_S = 15
+SLACK_S = 10  # its last step before it waits, and the end of its process, on a machine with other work
+LAUNCHER_S = 40  # it gives the other ranks up to 30 s
 
 
-def rank_one(launcher: psutil.Process) -> psutil.Process | None:
-    """The process of rank 1."""
-    ranks = [child for child in launcher.children(recursive=True) if "--local_rank=1" in child.cmdline()]
-    return ranks[0] if ranks else None
-
-
-def test_a_killed_rank_ends_the_job(tiny_run: TinyRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "by"),
+    [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)],
+    ids=["killed", "stopped", "stopped 0"],
+)
+def test_a_lost_rank_ends_the_job(lost: int, by: signal.Signals, tiny_run: TinyRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sections = {"run": {"collective_timeout_s": COLLECTIVE_TIMEOUT_S}, "train": {"steps": 5000}}
-    config = tiny_run.write_config(tmp_path / "run.yaml", run, memory={"group_size": 2}, **sections)
-    command, environment = command_line(["--config", str(config), "--checkpoint.every_steps", "2"], ranks=2)
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=environment)
-        try:
-            deadline = time.monotonic() + TIMEOUT_S
-            while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) < 5:
-                assert time.monotonic() < deadline and process.poll() is None, log.read_text()
-                time.sleep(0.2)
-            lost = rank_one(psutil.Process(process.pid))
-            assert lost is not None
-            os.kill(lost.pid, signal.SIGKILL)
-            assert process.wait(LIMIT_S) != 0
-        finally:
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-                child.kill()
-            process.kill()
-    assert "exits with return code = -9" in log.read_text()
-    assert (run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "manifest.json").is_file()
+    config = tiny_run.write_config(
+        tmp_path / "run.yaml",
+        run,
+        run={"collective_timeout_s": TIMEOUT_S},
+        memory={"group_size": 2},
+        train={"steps": 5000},
+        checkpoint={"every_steps": 2},
+    )
+    with running(config, run) as job:
+        job.wait_for_steps(5)
+        victim, other = job.rank(lost), job.rank(1 - lost)
+        os.kill(victim.pid, by)
+        begun = time.monotonic()
+        job.wait_for(lambda: has_ended(other), TIMEOUT_S + SLACK_S)
+        took = time.monotonic() - begun
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+        assert job.process.wait(LAUNCHER_S) != 0
+    assert took < TIMEOUT_S + SLACK_S
+    words = f"rank {lost} died or fell silent; its last sign: {'step' if lost else ''}"
+    assert words in job.log.read_text()
+    assert job.status["state"] == "failed" and words in job.status["reason"]
+    assert (run / "checkpoints" / (run / "checkpoints" / "latest").read_text() / "manifest.json").is_file()

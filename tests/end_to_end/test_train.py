@@ -75,7 +75,9 @@ def test_a_run_folder_holds_what_was_asked_what_ran_and_what_came_out(finished, 
     assert report["step"] == STEPS
     assert set(report["conditions"]) == {"backbone", "memory_off", "memory_on", "other_memory"}
     assert (finished / "checkpoints" / "latest").read_text() == "step_00000004"
-    known = {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    known = {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints", "status.json", "lock"}
+    status = json.loads((finished / "status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("finished", STEPS, None)
     assert {path.name for path in finished.iterdir()} == known | {"evaluation.json", "evaluation.txt"}
 
 
@@ -108,6 +110,8 @@ def test_one_rank_without_launcher_stops_goes_on_and_once_finished_does_nothing(
     assert stopped.returncode == 0, stopped.stderr[-4000:]
     assert [record["step"] for record in read_metrics(folder / "alone")] == [1, 2]
     assert not (folder / "alone" / "evaluation.json").exists()
+    status = json.loads((folder / "alone" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("preempted", "train.stop_after_steps")
     again = launch(arguments, ranks=1)
     assert again.returncode == 0, again.stderr[-4000:]
     assert [record["step"] for record in read_metrics(folder / "alone")] == [1, 2, 3, 4]

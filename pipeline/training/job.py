@@ -1,0 +1,146 @@
+"""The job that a run is part of: its watch, its status and its lock, and how it ends when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.schema import Config
+from pipeline.distributed.ranks import on_rank_zero, rank, world_size
+from pipeline.distributed.signals import Signals
+from pipeline.distributed.watch import Watch
+from pipeline.errors import LongMemError, TrainingError
+from pipeline.metrics.status import StatusFile
+from pipeline.training.run_folder import claim, is_claimed
+from pipeline.training.run_lock import RunLock
+
+logger = logging.getLogger(__name__)
+_ILL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+
+
+class Job:
+    """The job of this process.
+
+    Collective: every rank must make one, after the process group was started.
+
+    Args:
+        config: The run's settings.
+        signals: What may ask it to stop, or None.
+    """
+
+    def __init__(self, config: Config, signals: Signals | None) -> None:
+        self.config, self.folder = config, Path(config.run.output_dir)
+        self.status = StatusFile(self.folder, steps=config.train.steps)
+        self._lock = RunLock(self.folder)
+        self.watch = Watch(config.run.collective_timeout_s, on_end=self._on_end)
+        if signals is not None:
+            signals.before_end(self._on_signal)
+
+    def begin(self, step: int) -> None:
+        """The run folder may be used. A run that goes on holds it from now; a new one first by `claim`.
+
+        Collective: every rank must call it.
+
+        Args:
+            step: Optimizer steps done before.
+
+        Raises:
+            TrainingError: Another job writes into the folder.
+        """
+        if is_claimed(self.folder):
+            on_rank_zero(self._lock.acquire)
+        self.status.begin(step, world_size=world_size(), write=rank() == 0 and is_claimed(self.folder))
+
+    def claim(self, step: int) -> None:
+        """Takes the run folder: nothing but training is left to do.
+
+        Collective: every rank must call it.
+
+        Args:
+            step: Optimizer steps done.
+
+        Raises:
+            TrainingError: It holds something else, or another job writes into it.
+        """
+
+        def take() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            claim(self.folder, self.config)
+
+        on_rank_zero(take)
+        self.status.begin(step, world_size=world_size(), write=rank() == 0)
+
+    def after_step(self, step: int) -> None:
+        """Gives a sign of life.
+
+        Args:
+            step: Optimizer steps done.
+        """
+        self.status.at(step, write=rank() == 0)
+
+    def end(self, state: Literal["finished", "preempted"], reason: str | None) -> None:
+        """The job has done its work.
+
+        Args:
+            state: How it ended.
+            reason: Why it is not finished, or None.
+        """
+        if rank() == 0:
+            self.status.end(state, reason)
+        self.watch.stop()
+        self._lock.release()
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Whatever fails inside ends the job on every rank in time, with the reason in its status.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            LongMemError: This rank's own error in words, or one that names the rank whose failure stopped it.
+        """
+        try:
+            yield
+        except Exception as error:
+            known = _in_words(error)
+            explained = self.watch.explained(known)
+            # A run that is refused before it began leaves no folder behind.
+            is_refusal = explained is error and isinstance(error, LongMemError) and not self.folder.exists()
+            if (rank() == 0 or 0 in self.watch.lost) and not is_refusal:
+                own_bug = "" if isinstance(explained, LongMemError) else f"{type(explained).__name__}: "
+                self.status.end("failed", f"{own_bug}{explained}")
+            self._lock.release()
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _on_end(self, state: Literal["failed", "preempted"], reason: str, lost: Collection[int]) -> None:
+        """This process is ended while its training is stuck."""
+        if rank() == 0 or 0 in lost:
+            self.status.end(state, reason)
+
+    def _on_signal(self, words: str) -> None:
+        """This process is ended by a signal."""
+        logger.error("%s", words)
+        if rank() == 0:
+            self.status.end("preempted", words)
+        self.watch.end_all(f"{words} (rank {rank()})")
+
+
+def _in_words(error: Exception) -> Exception:
+    """Says what to do about a disk that is ill; leaves other errors as they are."""
+    if not isinstance(error, OSError) or error.errno not in _ILL_DISK:
+        return error
+    told = TrainingError(
+        f"rank {rank()} could not write; the newest whole checkpoint is untouched",
+        got=f"{type(error).__name__}: {error}",
+        do="see to the disk (room, quota, mounted read-only), then start again to go on from the newest checkpoint",
+    )
+    told.__cause__ = error
+    return told
