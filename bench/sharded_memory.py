@@ -4,8 +4,10 @@
     all        every rank gathers all keys and values of the layer, then reads alone
     retrieved  the scores travel as in ours, then the retrieved keys and values come to the query's owner
 
-The group reads the same query tokens together whatever its size: with `G` ranks each has `tokens / G` of them. One
-layer, forward and backward, one thread a rank, gloo on this machine. Bytes are those that one rank sends to others.
+Both others keep what they fetched until the backward pass, and so send nothing then. The group reads the same query
+tokens together whatever its size: with `G` ranks each has `tokens / G` of them; the last table has `tokens` for each
+rank. One layer, forward and backward, one thread a rank, gloo on this machine. Bytes are those that one rank sends to
+others. Keys are random, so that what a query reads lies in all shards alike, which is the worst case for ours.
 
     python bench/sharded_memory.py [--tokens 1024] [--heads 16] [--head-dim 64] [--memory 65536] [--ranks 1 2 4]
 """
@@ -30,6 +32,7 @@ from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.memory.reader import BankReader
 from pipeline.memory.search import search
 from pipeline.memory.view import Geometry, MemoryView, ReadSettings
+from pipeline.memory.winners import Shared, share
 from pipeline.positions import PositionEncoding
 
 CHUNK, TOP_K = 4, 16
@@ -91,13 +94,12 @@ def read_all(bank: MemoryBank, exchange: Exchange, settings: ReadSettings, query
     whole = MemoryBank(
         replace(shape, num_chunks=shape.num_chunks * exchange.size), dtype=bank.dtype, device=bank.device
     )
-    for target, part in zip(
-        (whole.layers[0].keys, whole.layers[0].values, whole.layers[0].chunk_keys),
-        (store.keys, store.values, store.chunk_keys),
-        strict=True,
-    ):
-        gathered = exchange.all_gather(part, purpose="bank")()  # [G, Hkv, B, C, ...]
-        target.copy_(gathered.movedim(0, 2).reshape(target.shape))
+    target = whole.layers[0]
+    for to, part in ((target.keys, store.keys), (target.values, store.values)):
+        gathered = exchange.all_gather(part, purpose="bank")()  # [G, Hkv, B, C, c, D]
+        to.unflatten(2, (exchange.size, -1)).copy_(gathered.movedim(0, 2))
+        del gathered
+    target.chunk_keys.copy_(target.keys.float().mean(dim=-2))
     whole.positions[:] = range(0, len(whole.positions) * CHUNK, CHUNK)
     whole.documents.zero_()
     return read_ours(whole, Alone(), settings, query, start)
@@ -117,23 +119,33 @@ def read_retrieved(bank: MemoryBank, exchange: Exchange, settings: ReadSettings,
     for at in range(0, length, settings.query_block_tokens):
         tokens = slice(at, min(at + settings.query_block_tokens, length))
         gathered = exchange.all_gather(query[:, :, tokens].detach(), purpose="queries")()
-        found = [
-            search(view, view.queries(block, tokens)).padded(TOP_K) for view, block in zip(views, gathered, strict=True)
-        ]
-        offered = exchange.all_to_all(torch.stack([one.keys for one in found]), purpose="scores")
-        threshold = offered.movedim(0, -2).flatten(-2).topk(TOP_K, dim=-1).values[..., -1]
-        smallest = exchange.all_gather(threshold, purpose="thresholds")()
-        found = [one.at_least(least) for one, least in zip(found, smallest, strict=True)]
-        heads = torch.arange(bank.shape.num_kv_heads)[:, None, None, None] * bank.shape.num_chunks
-        packed = []
-        for view, one in zip(views, found, strict=True):
-            key, value = view.keys[heads + one.slots], view.values[heads + one.slots]
-            packed.append(torch.cat([key, value], dim=-1) * one.valid[..., None, None])
-        received = exchange.all_to_all(torch.stack(packed), purpose="keys_and_values")  # [G, Hkv, R, N, k, c, 2 D]
-        mine = received.movedim(0, 3).flatten(3, 5).flatten(0, 2)
+        found = [search(view, view.queries(block, tokens)) for view, block in zip(views, gathered, strict=True)]
+        shared = share(found, exchange, k=TOP_K)
         own = views[exchange.rank].group(query[:, :, tokens]).flatten(0, 2)
-        outputs.append(attend_to(own, mine[..., :dim], mine[..., dim:], (mine != 0).any(-1), scale))
+        kv, valid = bring(views, shared, exchange, num_queries=len(own))
+        outputs.append(attend_to(own, kv[..., :dim], kv[..., dim:], valid, scale))
     return torch.cat(outputs)
+
+
+def bring(views: list[MemoryView], shared: Shared, exchange: Exchange, *, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Brings the keys and values that this rank's queries read: `[n, k * c, 2 D]`, and which there are."""
+    parts, counts = [], []
+    for view, winners in zip(views, shared.winners, strict=True):
+        heads = torch.div(winners.members, num_queries // view.num_kv_heads, rounding_mode="floor")[:, None]
+        slots = (heads * view.num_slots + winners.slots)[winners.valid]
+        parts.append(torch.cat([view.keys[slots], view.values[slots]], dim=-1).float())  # [chunks, c, 2 D]
+        counts.append(winners.counts.to(torch.uint8))
+    lengths = exchange.all_to_all(counts, rows=[len(held) for held in shared.holders], purpose="counts")()
+    rows = [int(length.sum()) for length in lengths]
+    received = torch.cat(exchange.all_to_all(parts, rows=rows, purpose="keys_and_values")())
+    asking = torch.cat([held.repeat_interleave(n.long()) for held, n in zip(shared.holders, lengths, strict=True)])
+    order = asking.argsort(stable=True)
+    asking, first = asking[order], torch.searchsorted(asking[order], asking[order])
+    place = torch.arange(len(asking)) - first
+    kv = received.new_zeros(num_queries, TOP_K, *received.shape[1:])
+    valid = torch.zeros(num_queries, TOP_K, received.shape[1], dtype=torch.bool)
+    kv[asking, place], valid[asking, place] = received[order], True
+    return kv.flatten(1, 2), valid.flatten(1)
 
 
 def measure(read: Callable[..., Tensor], sizes: Sizes, exchange: Exchange, rounds: int) -> Timing:
@@ -185,22 +197,22 @@ def run(size: int, jobs: list[tuple[str, Sizes]], rounds: int) -> list[Timing]:
         port = probe.getsockname()[1]
     queue = mp.get_context("spawn").SimpleQueue()
     context = mp.spawn(work, (size, port, jobs, rounds, queue), nprocs=size, join=False)
-    results: list[Timing] = queue.get()
-    while not context.join():
+    while not context.join():  # raises if a rank failed
         pass
+    results: list[Timing] = queue.get()
     return results
 
 
 def formulas(sizes: Sizes, size: int) -> dict[str, int]:
-    """Bytes that one rank sends, by the formulas of docs/memory.md."""
-    n, d, tokens = sizes.heads * sizes.tokens // size, sizes.head_dim, CHUNK * TOP_K
-    search_bytes = n * (4 * d + 8 * TOP_K + 8)
-    ours = search_bytes + n * (4 * (d + 2) + 4 * (2 * d + 2) + 4 * d)
-    bank = sizes.memory // size * sizes.heads * d * (2 * sizes.dtype.itemsize + 4 // CHUNK)
+    """Bytes that one rank sends, by the formulas of docs/memory.md; expected, where they depend on what is read."""
+    n, d, others = sizes.heads * sizes.tokens // size, sizes.head_dim, size - 1
+    asked = 1 - (1 - 1 / size) ** TOP_K  # some of `k` chunks that lie anywhere lie in a given shard
+    search_bytes = n * (4 * d + 4 * TOP_K + 5)
+    brought = TOP_K / size * CHUNK * 2 * d * 4 + asked
     return {
-        "ours": (size - 1) * ours,
-        "all": (size - 1) * bank,
-        "retrieved": (size - 1) * (search_bytes + n * tokens * 2 * d * 4),
+        "ours": round(others * (search_bytes + n * asked * (12 * d + 16))),
+        "all": others * (sizes.memory // size) * sizes.heads * 2 * d * sizes.dtype.itemsize,
+        "retrieved": round(others * (search_bytes + n * brought)),
     }
 
 
@@ -236,27 +248,21 @@ def main() -> None:
                 f"{timing.sent / 1e6:9.1f} {formulas(job, size)[way] / 1e6:9.1f}",
                 flush=True,
             )
-    compare(sizes, 8)
+    if not arguments.ours_only:
+        compare(sizes, 8)
 
 
 def compare(sizes: Sizes, size: int) -> None:
-    """Prints bytes that one rank sends for `tokens` queries of its own, computed; what is retrieved without padding."""
-    n, d = sizes.heads * sizes.tokens, sizes.head_dim
-    search_bytes, others = n * (4 * d + 8 * TOP_K + 8), size - 1
-    item = sizes.dtype.itemsize
-    ours = {"forward": others * (search_bytes + n * 4 * (d + 2)), "backward": others * n * (4 * (2 * d + 2) + 4 * d)}
-    whole = others * sizes.memory // size * sizes.heads * d * (2 * item + 4 // CHUNK)
-    retrieved = others * search_bytes + others * n * CHUNK * TOP_K * 2 * d * item // size
-    both = sum(ours.values())
-    print(f"\nG = {size}, {sizes.tokens} query tokens a rank, computed, MB sent by a rank:")
-    for words, mine, times in (
-        ("forward", ours["forward"], 1),
-        ("forward and backward, if they keep all that they fetched", both, 1),
-        ("forward and backward, if they fetch it again, as memory bounded like ours needs", both, 2),
-    ):
-        best = min(whole, retrieved) * times
-        cells = f"ours {mine / 1e6:,.0f}, all {whole * times / 1e6:,.0f}, retrieved {retrieved * times / 1e6:,.0f}"
-        print(f"  {words}: {cells}: {best / mine:.1f} times fewer")
+    """Prints the bytes that one rank sends for `tokens` queries of its own, forward and backward: counted."""
+    every = replace(sizes, tokens=sizes.tokens * size)
+    ways = ("ours", "all", "retrieved")
+    timings = dict(zip(ways, run(size, [(way, every) for way in ways], 1), strict=True))
+    print(f"\nG = {size}, {sizes.tokens} query tokens a rank, forward and backward:")
+    best = min(timings["all"].sent, timings["retrieved"].sent)
+    for way, timing in timings.items():
+        seconds = f"{timing.forward:7.2f} s + {timing.backward:5.2f} s"
+        print(f"  {way:>10} {timing.sent / 1e6:8.1f} MB, formula {formulas(every, size)[way] / 1e6:8.1f} MB, {seconds}")
+    print(f"  ours sends {best / timings['ours'].sent:.2f} times fewer bytes than the better of the others")
 
 
 if __name__ == "__main__":

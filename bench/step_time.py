@@ -50,18 +50,14 @@ class TextLane:
     def __init__(self, tokens: np.ndarray, segment_tokens: int, bank: MemoryBank | None) -> None:
         self.tokens, self.length, self.bank, self.read = tokens, segment_tokens, bank, 0
 
-    def next_segment(self) -> Segment:
-        """The next segment."""
+    def next_of_group(self, rank: int, size: int) -> Segment:
+        """The next segment; the group is one rank."""
         span = (self.read + np.arange(self.length + 1)) % len(self.tokens)
         self.read += self.length
         text = self.tokens[span][None]
         nothing = np.zeros((1, self.length), dtype=np.int64)
         start = self.bank.end if self.bank else 0
         return Segment(text[:, :-1], text[:, 1:], nothing, nothing, start=start, index=0, lanes=(0,))
-
-    def skip(self, num_segments: int) -> None:
-        """Goes on without reading."""
-        self.read += num_segments * self.length
 
 
 def read_text(backbone: str, num_tokens: int) -> np.ndarray:

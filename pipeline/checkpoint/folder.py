@@ -1,30 +1,54 @@
-"""Checkpoint folders that are whole or absent: written aside, vouched for by a manifest, then renamed.
+"""Checkpoints that are whole or absent, written by all ranks while training goes on.
 
 checkpoints/step_00000040/manifest.json      format, step, world, every file with size and SHA-256; written last
                          /<owner>/...        one folder for each owner of state
-checkpoints/latest                           name of the newest whole checkpoint
+checkpoints/latest                           name of the newest one
+
+A save has three parts. Inside `save`, which training waits for, every owner writes what cannot wait and takes snapshots
+of the rest. Then a thread of each rank writes its snapshots. When those of all ranks are done, which the ranks ask each
+other after every step, threads again read the files: they hash them and flush them to the disk. When those are done
+rank 0 adds the manifest and renames the folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from pipeline.distributed.ranks import barrier, gather, on_rank_zero, rank, together, world_size
+from pipeline.checkpoint.manifest import (
+    FORMAT,
+    DamageError,
+    check_names_and_sizes,
+    damaged,
+    manifest_text,
+    raise_damage,
+    read_manifest,
+)
+from pipeline.checkpoint.shelf import LATEST, Shelf
+from pipeline.checkpoint.writing import Writing, change, describe, unwritten
+from pipeline.distributed.ranks import gather, on_rank_zero, rank, together, world_size
 from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
-MANIFEST = "manifest.json"
-LATEST = "latest"
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class SavedWorld:
+    """The ranks that wrote a checkpoint.
+
+    Attributes:
+        world_size: Ranks of the job.
+        group_size: Ranks of a memory group.
+    """
+
+    world_size: int
+    group_size: int
 
 
 class StateOwner(Protocol):
@@ -32,22 +56,27 @@ class StateOwner(Protocol):
 
     name: str
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part.
+    def save(self, folder: Path) -> Callable[[], None] | None:
+        """Writes this rank's part, or takes a snapshot of it that can be written while training goes on.
 
         Collective: every rank calls it.
 
         Args:
             folder: The owner's own folder, made and shared by all ranks.
+
+        Returns:
+            The rest of the writing, from a snapshot, to be run on a thread of this rank: it holds no collective. None
+            if everything is written.
         """
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved: SavedWorld) -> None:
         """Reads this rank's part back.
 
         Collective: every rank calls it.
 
         Args:
             folder: The folder that `save` wrote.
+            saved: The ranks that wrote it; may be others than today's.
         """
 
 
@@ -57,14 +86,20 @@ class Checkpoints:
     Args:
         folder: `checkpoints/` of the run folder.
         keep: How many to keep.
+        group_size: Ranks of a memory group.
         identity: What a checkpoint must have in common with the run that loads it, as plain JSON.
+        timeout_s: Seconds after which a checkpoint that is waited for and still not written ends the run.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
-        self.folder, self.keep, self.identity = folder, keep, dict(identity)
+    def __init__(
+        self, folder: Path, *, keep: int, group_size: int, identity: Mapping[str, Any], timeout_s: float = 1800.0
+    ) -> None:
+        self.group_size, self.identity, self.timeout_s = group_size, dict(identity), timeout_s
+        self._shelf = Shelf(folder, keep=keep)
+        self._writing: Writing | None = None
 
     def save(self, step: int, owners: Sequence[StateOwner]) -> Path:
-        """Saves all state after an optimizer step.
+        """Begins to save all state after an optimizer step; waits for the save before it.
 
         Collective: every rank must call it.
 
@@ -73,36 +108,70 @@ class Checkpoints:
             owners: Who holds state.
 
         Returns:
-            The checkpoint's folder.
+            The checkpoint's folder: there once `publish_if_written` has found it whole.
 
         Raises:
             CheckpointError: A file could not be written; older checkpoints are untouched.
         """
-        final = self.folder / f"step_{step:08d}"
-        work = self.folder / f"writing_{step:08d}"
-        on_rank_zero(lambda: self._begin(work, [owner.name for owner in owners]))
+        self.publish_if_written(wait=True)
+        names = [owner.name for owner in owners]
+        work = self._shelf.folder / f"writing_{step:08d}"
+        change(self._shelf, step, lambda: self._shelf.begin(work, names))
         try:
-            for owner in owners:
-                owner.save(work / owner.name)
+            rests = [owner.save(work / owner.name) for owner in owners]
         except (OSError, RuntimeError, SafetensorError) as error:
             # Some owners save with collectives, so the others cannot be told: they end when this rank has left the job.
-            raise CheckpointError(
-                f"rank {rank()} could not write the checkpoint of step {step}; older ones are untouched",
-                got=f"{type(error).__name__}: {error}",
-                do=f"see to {self.folder}, then start again to go on from the newest checkpoint",
-            ) from error
-        barrier()
-        files = _hash_together(work)
-        manifest = {"format": FORMAT, "step": step, "world_size": world_size(), "identity": self.identity}
-        on_rank_zero(lambda: self._publish(work, final, {**manifest, "files": files}))
-        return final
+            raise unwritten(self._shelf, step, {rank(): f"{describe(error)}"}) from error
+        self._writing = Writing(self._shelf, step, work, rests)
+        return self._shelf.place(step)
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        pointer = self.folder / LATEST
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+    def publish_if_written(self, *, wait: bool = False) -> None:
+        """Goes on with the checkpoint that is being written, if there is one, and publishes it once it is whole.
 
-    def load(self, checkpoint: Path, owners: Sequence[StateOwner]) -> int:
+        Collective: every rank must call it, after every step.
+
+        Args:
+            wait: Whether to return only when nothing is being written.
+
+        Raises:
+            CheckpointError: A file could not be written on some rank, or not in time; older checkpoints are untouched.
+        """
+        waited_s = 0.0  # counted in polls, in which the ranks are in step: all of them give up together
+        while (writing := self._writing) is not None:
+            self._writing = None  # if it fails, it is over
+            files = writing.files(wait_s=_POLL_S if wait else 0.0)
+            if files is not None:
+                self._publish(writing, files)
+                return
+            self._writing = writing
+            if not wait:
+                return
+            waited_s += _POLL_S
+            if waited_s > self.timeout_s:
+                busy = dict.fromkeys(writing.busy, f"still writing after {waited_s:.0f} s of waiting for it")
+                raise unwritten(self._shelf, writing.step, busy)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole as far as can be seen without reading its files.
+
+        Returns:
+            Its folder; None if nothing was saved yet.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none is whole; or the newest belongs to another run.
+        """
+        candidates, named = self._shelf.newest_first(), self._shelf.named_latest()
+        if named is not None and not (self._shelf.folder / named).is_dir():
+            missing = f"{self._shelf.folder / LATEST} names {named!r}, which is not there"
+            if not candidates:
+                raise self._none_whole(missing)
+            _say_loudly(missing)
+        found = self._first_whole(candidates)
+        if found is None and candidates:
+            raise self._none_whole("damaged, as was said: " + ", ".join(path.name for path in candidates))
+        return found
+
+    def load(self, checkpoint: Path, owners: Sequence[StateOwner], *, or_older: bool = False) -> int:
         """Puts all state back.
 
         Collective: every rank must call it.
@@ -110,22 +179,39 @@ class Checkpoints:
         Args:
             checkpoint: The checkpoint's folder.
             owners: Who holds state.
+            or_older: Whether the next older whole one will do if this one is damaged.
 
         Returns:
             Optimizer steps done when it was saved.
 
         Raises:
-            CheckpointError: It is incomplete or corrupt, or belongs to another run or world size.
+            CheckpointError: It is damaged, or belongs to another run; no state was read.
         """
-        manifest = together(lambda: self.check(checkpoint))
-        found = gather(_damaged(checkpoint, manifest["files"]))
-        _raise_damage(checkpoint, [problem for part in found for problem in part])
+        manifest = None
+        while manifest is None:
+            try:
+                manifest = self._verify(checkpoint)
+            except DamageError as error:
+                if not or_older:
+                    raise
+                checkpoint = together(self._older_than(checkpoint, error))
+        saved = SavedWorld(manifest["world_size"], manifest["group_size"])
         for owner in owners:
-            owner.load(checkpoint / owner.name)
+            owner.load(checkpoint / owner.name, saved)
         return int(manifest["step"])
 
+    def truncate_after(self, step: int) -> None:
+        """Lets nothing newer than a step count any more: the run goes on from there. Newer ones are put aside.
+
+        Collective: every rank must call it.
+
+        Args:
+            step: Optimizer steps done.
+        """
+        on_rank_zero(lambda: self._shelf.truncate_after(step))
+
     def check(self, checkpoint: Path) -> dict[str, Any]:
-        """Checks what can be seen without reading a checkpoint's files: manifest, run, world size, sizes.
+        """Checks what can be seen without reading a checkpoint's files: manifest, run, names, sizes.
 
         Args:
             checkpoint: The checkpoint's folder.
@@ -134,7 +220,7 @@ class Checkpoints:
             Its manifest.
 
         Raises:
-            CheckpointError: It is incomplete, or belongs to another run or world size.
+            CheckpointError: It is damaged, or belongs to another run.
         """
         manifest = read_manifest(checkpoint)
         other = {
@@ -142,129 +228,74 @@ class Checkpoints:
             for name, value in self.identity.items()
             if manifest["identity"].get(name) != value
         }
-        if manifest["world_size"] != world_size():
-            other["world size"] = (manifest["world_size"], world_size())
         if other:
             raise CheckpointError(
                 f"the checkpoint {checkpoint} belongs to another run",
                 got="; ".join(f"{name} {found!r}" for name, (found, _) in other.items()),
                 expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
-                do="start with the settings, backbone and number of ranks that it was saved with",
+                do="start with the settings and the backbone that it was saved with",
             )
-        sized = (_wrong_size(checkpoint, name, entry) for name, entry in sorted(manifest["files"].items()))
-        _raise_damage(checkpoint, [problem for problem in sized if problem is not None])
+        check_names_and_sizes(checkpoint, manifest["files"])
         return manifest
 
-    def _begin(self, work: Path, names: Sequence[str]) -> None:
-        """Makes the folders to write to; what an interrupted save left behind goes."""
-        for left_over in self.folder.glob("writing_*"):
-            shutil.rmtree(left_over)
-        work.mkdir(parents=True)
-        for name in names:
-            (work / name).mkdir()
-
-    def _publish(self, work: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
-        if final.exists():  # the same step, saved before an interruption: the new one is as good
-            os.replace(final, work.with_name(f"{work.name}_replaced"))
-        os.replace(work, final)
-        shutil.rmtree(work.with_name(f"{work.name}_replaced"), ignore_errors=True)
-        pointer = self.folder / f"{LATEST}.writing"
-        _write_durably(pointer, final.name)
-        os.replace(pointer, self.folder / LATEST)
-        # Later ones are left from before the run went back to an older checkpoint; they count once they are passed.
-        done = sorted(path for path in self.folder.glob("step_*") if path.is_dir() and path.name <= final.name)
-        for old in done[: -self.keep]:
-            shutil.rmtree(old)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Reads what a checkpoint says of itself.
-
-    Args:
-        checkpoint: The checkpoint's folder.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        CheckpointError: The folder is no checkpoint, or one of another format.
-    """
-    path = checkpoint / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        known = manifest["format"] == FORMAT
-        if known:  # an entry that lacks or is something else is caught below
-            int(manifest["step"]), int(manifest["world_size"]), dict(manifest["identity"])
-            [(int(entry["size"]), str(entry["sha256"])) for entry in dict(manifest["files"]).values()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is not a whole checkpoint",
-            got=f"{type(error).__name__} at {path.name}",
-            expected=f"a folder step_* with {MANIFEST}",
-            do="give the folder of a checkpoint to run.resume, or 'auto', or 'none' with another run.output_dir",
-        ) from error
-    if not known:
-        raise CheckpointError(
-            f"{checkpoint} has another format",
-            got=f"format {manifest['format']!r}",
-            expected=f"format {FORMAT}",
-            do="resume it with the version of LongMem that wrote it",
+    def _publish(self, writing: Writing, files: Mapping[str, Any]) -> None:
+        content = {
+            "format": FORMAT,
+            "step": writing.step,
+            "world_size": world_size(),
+            "group_size": self.group_size,
+            "identity": self.identity,
+            "files": dict(sorted(files.items())),
+        }
+        change(
+            self._shelf,
+            writing.step,
+            lambda: self._shelf.publish(writing.step, writing.work, manifest_text(content)),
         )
-    return manifest
+
+    def _verify(self, checkpoint: Path) -> dict[str, Any]:
+        """Checks everything; the ranks share the reading."""
+        manifest = together(lambda: self.check(checkpoint))
+        files = manifest["files"]
+        found = gather(damaged(checkpoint, files, _share(sorted(files))))
+        raise_damage(checkpoint, [problem for part in found for problem in part])
+        return manifest
+
+    def _older_than(self, checkpoint: Path, error: DamageError) -> Callable[[], Path]:
+        def find() -> Path:
+            _say_loudly(error)
+            older = [path for path in self._shelf.newest_first() if path.name < checkpoint.name]
+            found = self._first_whole(older)
+            if found is None:
+                tried = [checkpoint, *older]
+                raise self._none_whole("damaged, as was said: " + ", ".join(path.name for path in tried))
+            return found
+
+        return find
+
+    def _first_whole(self, candidates: Sequence[Path]) -> Path | None:
+        for path in candidates:
+            try:
+                self.check(path)
+            except DamageError as error:
+                _say_loudly(error)
+            else:
+                return path
+        return None
+
+    def _none_whole(self, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"no whole checkpoint is left in {self._shelf.folder}",
+            got=problem,
+            do="put a whole one back, or start anew in another run.output_dir",
+        )
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+def _say_loudly(problem: object) -> None:
+    if rank() == 0:
+        logger.error("%s\nThe newest whole checkpoint is looked for.", problem)
 
 
 def _share(names: Sequence[str]) -> Sequence[str]:
     """This rank's share of the work on a list that is the same on all ranks."""
     return names[rank() :: world_size()]
-
-
-def _hash_together(folder: Path) -> dict[str, Any]:
-    """Size and hash of every file below a folder; the ranks share the reading."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    parts = gather({name: _digest(folder / name) for name in _share(names)})
-    return {name: entry for part in parts for name, entry in sorted(part.items())}
-
-
-def _damaged(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    """What is wrong with this rank's share of the files that a manifest lists."""
-    problems = []
-    for name in _share(sorted(files)):
-        wrong = _wrong_size(folder, name, files[name])
-        if wrong is None and _digest(folder / name)["sha256"] != files[name]["sha256"]:
-            wrong = f"{name} has another hash"
-        if wrong is not None:
-            problems.append(wrong)
-    return problems
-
-
-def _wrong_size(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file without reading it."""
-    if not (folder / name).is_file():
-        return f"{name} is missing"
-    size = (folder / name).stat().st_size
-    return None if size == entry["size"] else f"{name} has {size} bytes instead of {entry['size']}"
-
-
-def _raise_damage(checkpoint: Path, problems: Sequence[str]) -> None:
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} is corrupt",
-            got="; ".join(sorted(problems)),
-            do="resume from another one with --run.resume DIR, or start anew in another --run.output_dir",
-        )
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -216,8 +216,14 @@ class CheckpointConfig(Section):
 
     every_steps: CountOrZero = 0
     """Optimizer steps between checkpoints; 0 saves at the end only."""
+    every_minutes: NotNegative = 0.0
+    """Minutes between checkpoints, by rank 0's clock and after a whole step; 0 goes by steps alone. With both settings
+    whichever is due first saves."""
     keep: Count = 2
     """Newest checkpoints that stay; older ones are removed."""
+    memory: Literal["save", "replay"] = "save"
+    """`save` stores what is remembered; `replay` stores none of it, and a restart reads the last `memory.tokens` of
+    each lane again with the backbone. Loading follows what a checkpoint holds."""
 
 
 class EvaluationConfig(Section):

@@ -127,8 +127,29 @@ class Lanes:
         self._index += 1
         return segment
 
+    @property
+    def index(self) -> int:
+        """Number of the segment that comes next, counted from 0."""
+        return self._index
+
+    def next_of_group(self, rank: int, size: int) -> Segment:
+        """One rank's segment of the next ones, which its memory group reads together; the others' are passed over.
+
+        Args:
+            rank: The rank's number in its group.
+            size: Ranks of the group.
+
+        Returns:
+            The segment; afterwards the lanes stand behind those of all ranks.
+        """
+        self.skip(rank)
+        segment = self.next_segment()
+        self.skip(size - 1 - rank)
+        return segment
+
     def skip(self, num_segments: int) -> None:
-        """Go on by some segments without reading tokens."""
+        """Go on by some segments, or back by some if negative, without reading tokens."""
+        assert self._index + num_segments >= 0, "lanes begin at segment 0"
         for lane in self._rows:
             lane.skip(num_segments * self._segment_tokens)
         self._index += num_segments
@@ -206,7 +227,7 @@ class _Lane:
                 self.seek(self.ordinal + 1, 0)
 
     def skip(self, num_tokens: int) -> None:
-        """Move the mark by some tokens, over any number of epochs, without reading tokens."""
+        """Move the mark by some tokens, on or back, over any number of epochs, without reading tokens."""
         epoch, place = divmod(self.ordinal, len(self._documents))
         before = int(self._source.lengths[self._order_of(epoch)[:place]].sum()) + self.offset
         epochs, target = divmod(before + num_tokens, self._epoch_tokens)

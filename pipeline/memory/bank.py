@@ -126,11 +126,15 @@ class MemoryBank:
         """Lane position after the newest token, 0 for an empty bank."""
         return int(self.positions.max()) + self.shape.chunk_size if self.num_filled else 0
 
-    def reset(self) -> None:
-        """Forgets everything."""
+    def reset(self, *, next_slot: int = 0) -> None:
+        """Forgets everything.
+
+        Args:
+            next_slot: Where the next chunk is written.
+        """
         self.positions.fill(EMPTY)
         self.documents.fill_(EMPTY)
-        self.next_slot = 0
+        self.next_slot = next_slot
 
     @torch.no_grad()
     def append(self, memory: Sequence[tuple[Tensor, Tensor]], *, start: int, documents: Tensor) -> None:

@@ -6,7 +6,7 @@ Shapes: `G` ranks of the group; `...` the same on all of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -41,17 +41,18 @@ class Exchange(Protocol):
         """
         ...
 
-    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
-        """Gives part `g` of a tensor to rank `g`.
+    def all_to_all(self, parts: Sequence[Tensor], *, rows: Sequence[int], purpose: str) -> Callable[[], list[Tensor]]:
+        """Starts to give part `g` to rank `g`.
 
         Collective: every rank of the group must call it.
 
         Args:
-            x: `[G, ...]`.
+            parts: One a rank, `[n_g, ...]`; may be empty.
+            rows: How many rows every rank has for this one.
             purpose: What the bytes are counted under.
 
         Returns:
-            What every rank had for this one, `[G, ...]`, in rank order.
+            Waits for, and returns, what every rank had for this one, `[rows[g], ...]` each.
         """
         ...
 
@@ -77,17 +78,18 @@ class Alone:
         """
         return lambda: x[None]
 
-    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
+    def all_to_all(self, parts: Sequence[Tensor], *, rows: Sequence[int], purpose: str) -> Callable[[], list[Tensor]]:
         """Returns its argument.
 
         Args:
-            x: `[1, ...]`.
+            parts: One part.
+            rows: Unused.
             purpose: Unused.
 
         Returns:
-            `x`.
+            Returns the part.
         """
-        return x
+        return lambda: list(parts)
 
 
 class RankGroup:
@@ -126,20 +128,30 @@ class RankGroup:
 
         return wait
 
-    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
-        """Gives part `g` of a tensor to rank `g`.
+    def all_to_all(self, parts: Sequence[Tensor], *, rows: Sequence[int], purpose: str) -> Callable[[], list[Tensor]]:
+        """Starts to give part `g` to rank `g`.
 
         Collective: every rank of the group must call it.
 
         Args:
-            x: `[G, ...]`.
+            parts: One a rank, `[n_g, ...]`; may be empty.
+            rows: How many rows every rank has for this one.
             purpose: What the bytes are counted under.
 
         Returns:
-            `[G, ...]`, in rank order.
+            Waits for, and returns, `[rows[g], ...]` of every rank.
         """
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        self.traffic[purpose] += (self.size - 1) * x[0].numel() * x.element_size()
-        dist.all_to_all_single(received, x, group=self.group)
-        return received
+        sent = torch.cat(list(parts))
+        received = sent.new_empty((sum(rows), *sent.shape[1:]))
+        away = len(sent) - len(parts[self.rank])
+        self.traffic[purpose] += away * sent[:1].numel() * sent.element_size()
+        work = dist.all_to_all_single(
+            received, sent, list(rows), [len(part) for part in parts], group=self.group, async_op=True
+        )
+
+        def wait() -> list[Tensor]:
+            if work is not None:
+                work.wait()
+            return list(received.split(list(rows)))
+
+        return wait

@@ -4,13 +4,15 @@ One rank alone is a group of one: the same road, without traffic. For every bloc
 
     1. gather the block's queries of all ranks;
     2. each rank searches its own shard for its best `k` chunks of every query;
-    3. give every query's owner the keys (score and order) of what was found; it tells all ranks the `k`-th best key;
+    3. give every query's owner the scores of what was found; it tells all ranks the `k`-th best;
     4. each rank attends to those of its chunks that reach it;
     5. give the owner the partial results (maximum, sum, weighted values); it adds them up.
 
-Backward: gather queries and gradients, attend backward, give the owner the partial gradients. No key or value travels.
+Backward: the owner gives each query's gradient to the ranks that hold chunks it read; they attend backward and give
+partial gradients back. No key or value travels, and nothing to or from a rank that holds nothing a query read.
 
-Shapes: `G` ranks of the group, `B` lanes, `H` query heads, `T` segment tokens, `t` of a block, `D` head size.
+Shapes: `G` ranks of the group, `B` lanes, `H` query heads, `T` segment tokens, `t` of a block, `D` head size,
+`n = B H t` queries of a block of one rank.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from torch import Tensor
 from pipeline.memory.attend import Partial, attend, attend_backward, combine, token_distance
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
-from pipeline.memory.search import NOTHING, Retrieved, search
-from pipeline.memory.view import Geometry, MemoryView, ReadSettings
+from pipeline.memory.search import NOTHING, search
+from pipeline.memory.view import Geometry, MemoryView, Queries, ReadSettings
+from pipeline.memory.winners import Shared, Winners, share
 
 AgeObserver = Callable[[int, Tensor], None]
 
@@ -108,6 +111,34 @@ class BankReader:
 
 
 @dataclass(frozen=True)
+class _Block:
+    """A block of queries after its search: what the backward pass needs of it. Keys and values are not kept.
+
+    Attributes:
+        tokens: Which tokens of the segment.
+        query: The queries of all ranks, float32 `[G, B, H, t, D]`.
+        shared: What they read, and where.
+    """
+
+    tokens: slice
+    query: Tensor
+    shared: Shared
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in it, for autograd to keep: so activation checkpointing can drop it and read again."""
+        winners = [tensor for of in self.shared.winners for tensor in (of.members, of.slots, of.counts)]
+        return [self.query, *self.shared.holders, *winners]
+
+    @classmethod
+    def of(cls, tokens: slice, tensors: Sequence[Tensor]) -> _Block:
+        """Undoes `tensors`."""
+        query, *rest = tensors
+        holders, winners = rest[: len(query)], rest[len(query) :]
+        shared = Shared([Winners(*winners[first : first + 3]) for first in range(0, len(winners), 3)], holders)
+        return cls(tokens, query, shared)
+
+
+@dataclass(frozen=True)
 class _Group:
     """One memory layer, as the segments of all ranks of the group see this rank's shard of it."""
 
@@ -119,88 +150,112 @@ class _Group:
     def own(self) -> MemoryView:
         return self.views[self.exchange.rank]
 
-    def blocks(self, x: Tensor, *, purpose: str) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of a segment's tensor `[B, H, T, ...]`, gathered from all ranks, `[G, B, H, t, ...]`.
+    def blocks(self, query: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of a segment's queries `[B, H, T, D]`, gathered from all ranks, `[G, B, H, t, D]`.
 
         The next block travels while the caller works on this one.
         """
-        size, length = self.own.settings.query_block_tokens, x.shape[2]
+        size, length = self.own.settings.query_block_tokens, query.shape[2]
         blocks = [slice(first, min(first + size, length)) for first in range(0, length, size)]
-        waiting = self.exchange.all_gather(x[:, :, blocks[0]], purpose=purpose)
+        waiting = self.exchange.all_gather(query[:, :, blocks[0]], purpose="queries")
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             gathered = waiting()
             if following is not None:
-                waiting = self.exchange.all_gather(x[:, :, following], purpose=purpose)
+                waiting = self.exchange.all_gather(query[:, :, following], purpose="queries")
             yield block, gathered
 
-    def keep_winners(self, found: list[Retrieved]) -> list[Retrieved]:
-        """Of what this shard found for the queries of every rank, what belongs to the best `k` of the whole group."""
-        if self.exchange.size == 1:
-            return found
-        k = self.own.settings.top_k_chunks
-        found = [retrieved.padded(k) for retrieved in found]
-        offered = self.exchange.all_to_all(torch.stack([retrieved.keys for retrieved in found]), purpose="scores")
-        threshold = offered.movedim(0, -2).flatten(-2).topk(k, dim=-1).values[..., -1]  # [Hkv, R, N]
-        thresholds = self.exchange.all_gather(threshold, purpose="thresholds")()
-        return [retrieved.at_least(smallest) for retrieved, smallest in zip(found, thresholds, strict=True)]
+    def queries(self, block: _Block | tuple[slice, Tensor]) -> list[Queries]:
+        """The queries of every rank, as this shard is asked."""
+        tokens, gathered = (block.tokens, block.query) if isinstance(block, _Block) else block
+        return [view.queries(query, tokens) for view, query in zip(self.views, gathered, strict=True)]
 
-    def add_up(self, partials: list[Partial]) -> Partial:
-        """The attention of this rank's own queries over the shards of all ranks."""
-        if self.exchange.size == 1:
-            return partials[0]
-        packed = torch.stack([partial.packed() for partial in partials])
-        return combine([Partial.unpacked(part) for part in self.exchange.all_to_all(packed, purpose="partials")])
+    def to_owners(self, block: _Block, parts: list[Tensor], *, purpose: str) -> Callable[[], list[Tensor]]:
+        """Starts to give what this shard found out for the queries of every rank `[m, ...]` to that rank."""
+        return self.exchange.all_to_all(parts, rows=[len(held) for held in block.shared.holders], purpose=purpose)
+
+    def to_holders(self, block: _Block, x: Tensor, *, purpose: str) -> Callable[[], list[Tensor]]:
+        """Starts to give rows of this rank's queries `[n, ...]` to the ranks that hold what they read."""
+        rows = [len(winners.members) for winners in block.shared.winners]
+        return self.exchange.all_to_all([x[held] for held in block.shared.holders], rows=rows, purpose=purpose)
 
 
 class _Read(torch.autograd.Function):
-    """Search and attention; which chunks were retrieved is kept for the backward pass, keys and values are not."""
+    """Search and attention. What a block's search found travels to its owner while the next block is searched."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
         values, log_sum_exp = torch.empty_like(query), query.new_empty(query.shape[:-1])
-        kept: list[list[Retrieved]] = []
-        for tokens, gathered in group.blocks(query, purpose="queries"):
-            queries = [view.queries(block, tokens) for view, block in zip(group.views, gathered, strict=True)]
-            found = [search(view, block) for view, block in zip(group.views, queries, strict=True)]
-            found = group.keep_winners(found)
-            work = list(zip(group.views, queries, found, strict=True))
-            partial = group.add_up([attend(view, block, retrieved) for view, block, retrieved in work])
+        k, num_lanes = group.own.settings.top_k_chunks, query.shape[0]
+        blocks: list[_Block] = []
+        on_the_way: list[tuple[_Block, Callable[[], list[Tensor]]]] = []
+
+        def land() -> None:
+            block, wait = on_the_way.pop(0)
+            sizes = {"num_lanes": num_lanes, "num_tokens": block.tokens.stop - block.tokens.start}
+            num_queries = num_lanes * query.shape[1] * sizes["num_tokens"]
+            partial = combine([Partial.unpacked(part) for part in wait()], block.shared.holders, num_queries)
             total = partial.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
-            sizes = {"num_lanes": query.shape[0], "num_tokens": tokens.stop - tokens.start}
-            values[:, :, tokens] = group.own.ungroup(partial.weighted / total[..., None], **sizes)
-            log_sum_exp[:, :, tokens] = group.own.ungroup(partial.maximum + total.log(), **sizes)
-            kept.append(found)
+            values[:, :, block.tokens] = group.own.ungroup(partial.weighted / total[:, None], **sizes)
+            log_sum_exp[:, :, block.tokens] = group.own.ungroup(partial.maximum + total.log(), **sizes)
+
+        for tokens, gathered in group.blocks(query):
+            queries = group.queries((tokens, gathered))
+            found = [search(view, own) for view, own in zip(group.views, queries, strict=True)]
+            block = _Block(tokens, gathered, share(found, group.exchange, k=k))
+            work = list(zip(group.views, queries, block.shared.winners, strict=True))
+            parts = [attend(*one).packed() for one in work]
+            on_the_way.append((block, group.to_owners(block, parts, purpose="partials")))
+            if len(on_the_way) > 1:
+                land()
+            blocks.append(block)
             if group.observe_ages is not None:
-                for view, block, retrieved in work:
-                    group.observe_ages(token_distance(view, block, retrieved)[..., 0][retrieved.valid])
-        ctx.save_for_backward(query, values, log_sum_exp)
-        ctx.group, ctx.kept = group, kept
+                for view, own, winners in work:
+                    group.observe_ages(token_distance(view, own, winners)[..., 0][winners.valid])
+        land()
+        ctx.save_for_backward(values, log_sum_exp, *(tensor for block in blocks for tensor in block.tensors()))
+        ctx.group, ctx.tokens = group, [block.tokens for block in blocks]
         return values, log_sum_exp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, values, log_sum_exp = ctx.saved_tensors
+        values, log_sum_exp, *kept = ctx.saved_tensors
         group: _Group = ctx.group
+        each = len(kept) // len(ctx.tokens)
+        blocks = [_Block.of(tokens, kept[i * each : (i + 1) * each]) for i, tokens in enumerate(ctx.tokens)]
         grad_values, grad_lse = grads
         visible = log_sum_exp != NOTHING
         # d loss / d logit_j = p_j (grad . value_j + offset): the softmax's own term and the log-sum-exp's gradient.
         offset = torch.where(visible, grad_lse, 0.0) - (grad_values * values).sum(dim=-1)
-        finite = torch.where(visible, log_sum_exp, 0.0)
-        packed = torch.cat([query, grad_values, offset[..., None], finite[..., None]], dim=-1)
-        dim, num_lanes = query.shape[-1], query.shape[0]
-        grad_query = torch.empty_like(query)
-        for (tokens, gathered), found in zip(group.blocks(packed, purpose="gradients"), ctx.kept, strict=True):
-            parts = []
-            for view, block, retrieved in zip(group.views, gathered, found, strict=True):
-                grad_far, grad_near = attend_backward(
-                    view,
-                    view.queries(block[..., :dim], tokens),
-                    retrieved,
-                    grad=view.group(block[..., dim : 2 * dim]),
-                    offset=view.group(block[..., 2 * dim]),
-                    log_sum_exp=view.group(block[..., 2 * dim + 1]),
+        packed = torch.cat([grad_values, offset[..., None], log_sum_exp[..., None]], dim=-1)
+        grad_query, (num_lanes, _, _, dim) = torch.empty_like(values), values.shape
+        on_the_way: list[tuple[_Block, Callable[[], list[Tensor]]]] = []
+
+        def send(block: _Block) -> Callable[[], list[Tensor]]:
+            rows = group.own.group(packed[:, :, block.tokens]).flatten(0, 2)
+            return group.to_holders(block, rows, purpose="gradients")
+
+        def land() -> None:
+            block, wait = on_the_way.pop(0)
+            length = block.tokens.stop - block.tokens.start
+            rows = values.new_zeros(num_lanes * values.shape[1] * length, dim)
+            for held, part in zip(block.shared.holders, wait(), strict=True):
+                rows[held] += part
+            grad_query[:, :, block.tokens] = group.own.ungroup(rows, num_lanes=num_lanes, num_tokens=length)
+
+        waiting = send(blocks[0])
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            received = waiting()
+            if following is not None:
+                waiting = send(following)
+            work = zip(group.views, group.queries(block), block.shared.winners, received, strict=True)
+            parts = [
+                attend_backward(
+                    view, queries, winners, grad=row[:, :dim], offset=row[:, dim], log_sum_exp=row[:, dim + 1]
                 )
-                parts.append(view.queries_backward(grad_far, grad_near, tokens, num_lanes=num_lanes))
-            received = group.exchange.all_to_all(torch.stack(parts), purpose="query_gradients")
-            grad_query[:, :, tokens] = received.sum(dim=0)
+                for view, queries, winners, row in work
+            ]
+            on_the_way.append((block, group.to_owners(block, parts, purpose="query_gradients")))
+            if len(on_the_way) > 1:
+                land()
+        land()
         return grad_query, None

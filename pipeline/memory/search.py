@@ -60,17 +60,6 @@ class Retrieved:
             return self
         return Retrieved(F.pad(self.keys, (0, missing), value=EMPTY_KEY), F.pad(self.slots, (0, missing)))
 
-    def at_least(self, threshold: Tensor) -> Retrieved:
-        """Keeps what reaches a threshold.
-
-        Args:
-            threshold: Smallest key kept, int64 `[Hkv, R, N]`.
-
-        Returns:
-            The same entries, those below the threshold emptied.
-        """
-        return Retrieved(self.keys.masked_fill(self.keys < threshold[..., None], EMPTY_KEY), self.slots)
-
 
 def sort_keys(scores: Tensor, order: Tensor) -> Tensor:
     """Packs scores and slot orders into keys.

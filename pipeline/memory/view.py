@@ -166,24 +166,23 @@ class MemoryView:
             slopes=slopes,
         )
 
-    def queries_backward(self, grad_far: Tensor, grad_near: Tensor | None, tokens: slice, *, num_lanes: int) -> Tensor:
-        """Gradient of `queries`: turns the rotations back.
+    def query_gradient(self, grad_far: Tensor, grad_near: Tensor | None, queries: Queries, members: Tensor) -> Tensor:
+        """Gradient of some queries before `queries` rotated them.
 
         Args:
-            grad_far: Gradient of `Queries.far`, `[Hkv, R, N, D]`.
-            grad_near: Gradient of `Queries.near`, or None.
-            tokens: Which tokens of the segment.
-            num_lanes: `B`.
+            grad_far: Gradient of their rows of `Queries.far`, float32 `[m, D]`.
+            grad_near: Gradient of their rows of `Queries.near`, or None.
+            queries: The block.
+            members: Which queries, as numbers in the flattened `[Hkv, R, N]`, int64 `[m]`.
 
         Returns:
-            Gradient of the unrotated queries, float32 `[B, H, t, D]`.
+            Gradient of the unrotated queries, float32 `[m, D]`.
         """
-        sizes = {"num_lanes": num_lanes, "num_tokens": tokens.stop - tokens.start}
         encoding = self.geometry.encoding
         # A rotation's transpose is the rotation by the opposite angle.
-        grad = self.rule.far_query(self.ungroup(grad_far, **sizes), encoding, backward=True)
+        grad = self.rule.far_query(grad_far, encoding, backward=True)
         if grad_near is not None:
-            grad = grad + encoding.rotate(self.ungroup(grad_near, **sizes), -self._offset(tokens))
+            grad = grad + encoding.rotate(grad_near, -queries.offset[members % len(queries.offset)])
         return grad
 
     def _offset(self, tokens: slice) -> Tensor:
@@ -205,14 +204,14 @@ class MemoryView:
         """Undoes `group`.
 
         Args:
-            x: `[Hkv, R, N, ...]`.
+            x: `[Hkv * R * N, ...]`.
             num_lanes: `B`.
             num_tokens: `t`.
 
         Returns:
             `[B, H, t, ...]`.
         """
-        split = x.reshape(self.num_kv_heads, num_lanes, -1, num_tokens, *x.shape[3:])
+        split = x.reshape(self.num_kv_heads, num_lanes, -1, num_tokens, *x.shape[1:])
         return split.transpose(0, 1).flatten(1, 2)
 
     def distance_bias(self, distance: Tensor, queries: Queries) -> Tensor | None:

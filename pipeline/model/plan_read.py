@@ -12,7 +12,7 @@ from pipeline.memory.view import SLOTS_PER_BLOCK
 from pipeline.model.longmem import DTYPES
 from pipeline.model.plan_part import Part
 from pipeline.model.shapes import BackboneShape
-from pipeline.model.traffic import FP32, INT64
+from pipeline.model.traffic import FP32, INT32, INT64
 from pipeline.positions import PositionRule
 
 
@@ -48,12 +48,15 @@ def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: 
         "a smaller train.segment_tokens",
     )
     near = _near_slots(config, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
-    kept = bank.num_layers * group_size * queries * memory.top_k_chunks * 2 * INT64
+    chosen = memory.top_k_chunks * INT32 + INT64 + INT32  # slots, which query, how many
+    chosen += INT64 + shape.head_dim * FP32 if group_size > 1 else 0  # who holds them, the query
+    at_once = 1 if config.sidenet.activation_checkpointing else bank.num_layers  # read again, layer by layer
+    kept = at_once * group_size * queries * chosen
     rotated = near * (bank.chunk_size + 1) * shape.head_dim * FP32 if shape.positions == "rotary" else 0
     yield Part(
         "what reads keep",
         kept + rotated,
-        "chosen chunks, G B H T k, and near keys rotated, of each memory layer",
+        "chosen chunks, G B H T k, their queries if G > 1, and near keys rotated, of each memory layer",
         ("sidenet", "loss", "backward"),
         place,
         "fewer sidenet.memory_layers" + (", or a memory.position with fewer near tokens" if rotated > kept else ""),
@@ -83,13 +86,14 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     copies = 2 * FP32 + (stored if stored < FP32 else 0) + (FP32 if near and shape.positions == "rotary" else 0)
     copies += FP32 if memory.device == "host" else 0  # the CPU multiplies and sums in two steps
     together = group_size > 1
-    offered = queries * memory.top_k_chunks * INT64 * together
+    offered = memory.top_k_chunks * (2 * INT64 + 3 * FP32) * together  # keys, slots; scores, sent and received
+    # Sent and received, of this block and of the one before or after it.
+    partials, gradients = 5 * (dim + 2) * FP32 * together, 4 * (dim + 2) * FP32 * together
     return _BlockBytes(
         search=scores + candidates * (2 * dim * FP32 + FP32 + INT64),
         attend=retrieved * copies,
-        exchange_forward=group_size * (queries * dim * FP32 * (1 + near + 2 * together) + 2 * offered)
-        + 3 * group_size * queries * (dim + 2) * FP32 * together,
-        exchange_backward=group_size * queries * FP32 * (2 * (2 * dim + 2) * together + dim * (3 + near)),
+        exchange_forward=group_size * queries * (dim * FP32 * (1 + near + together) + offered + partials),
+        exchange_backward=group_size * queries * (dim * FP32 * (3 + near + 2 * together) + gradients),
     )
 
 

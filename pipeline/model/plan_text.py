@@ -97,8 +97,12 @@ def _totals(plan: Plan, gpus_per_node: int) -> list[str]:
 def _traffic(plan: Plan) -> list[str]:
     if not plan.traffic:
         return ["traffic: none"]
-    rows = [(each.purpose, each.collective, str(each.ranks), in_words(each.num_bytes)) for each in plan.traffic]
+    rows = [
+        (each.purpose, each.collective, str(each.ranks), in_words(each.num_bytes) + " at most" * each.at_most)
+        for each in plan.traffic
+    ]
     total = in_words(sum(each.num_bytes for each in plan.traffic))
+    total += " at most" * any(each.at_most for each in plan.traffic)
     return [
         "bytes that a rank sends in a step",
         *_table([("purpose", "collective", "ranks", "bytes"), *rows, ("all", "", "", total)]),

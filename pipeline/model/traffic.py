@@ -17,7 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit
 from pipeline.model.shapes import BackboneShape
 
-FP32, INT64 = 4, 8  # bytes
+FP32, INT32, INT64 = 4, 4, 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Traffic:
         collective: `all-gather`, `all-to-all` or `all-reduce`.
         ranks: Over how many ranks.
         num_bytes: Sent by one rank in one optimizer step.
+        at_most: Whether it may be less: it depends on which rank holds what is read.
     """
 
     purpose: str
     collective: str
     ranks: int
     num_bytes: int
+    at_most: bool = False
 
 
 def memory_traffic(config: Config, shape: BackboneShape, split: WorldSplit, *, num_memory_layers: int) -> list[Traffic]:
@@ -56,17 +58,20 @@ def memory_traffic(config: Config, shape: BackboneShape, split: WorldSplit, *, n
     queries = tokens * shape.num_heads * num_memory_layers
     # With activation checkpointing the backward pass begins by reading once more.
     reads = queries * (2 if config.sidenet.activation_checkpointing else 1)
+    chunks, partial = config.memory.top_k_chunks, (dim + 2) * FP32
     sent = [
-        ("queries", "all-gather", reads * dim * FP32),
-        ("scores", "all-to-all", reads * config.memory.top_k_chunks * INT64),
-        ("thresholds", "all-gather", reads * INT64),
-        ("partials", "all-to-all", reads * (dim + 2) * FP32),
-        ("gradients", "all-gather", queries * (2 * dim + 2) * FP32),
-        ("query_gradients", "all-to-all", queries * dim * FP32),
+        ("queries", "all-gather", reads * dim * FP32, False),
+        ("scores", "all-to-all", reads * chunks * FP32, False),
+        ("thresholds", "all-gather", reads * (FP32 + 1), False),
+        ("ties", "all-to-all", reads * (chunks + 1) * INT32, True),
+        ("partials", "all-to-all", reads * partial, True),
+        ("gradients", "all-to-all", queries * partial, True),
+        ("query_gradients", "all-to-all", queries * dim * FP32, True),
     ]
     if config.memory.scope == "document":
-        sent.append(("documents", "all-gather", tokens * INT64))
-    return [Traffic(purpose, kind, group_size, (group_size - 1) * each) for purpose, kind, each in sent]
+        sent.append(("documents", "all-gather", tokens * INT64, False))
+    others = group_size - 1
+    return [Traffic(purpose, kind, group_size, others * each, at_most) for purpose, kind, each, at_most in sent]
 
 
 def engine_traffic(

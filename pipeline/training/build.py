@@ -16,8 +16,10 @@ from deepspeed.accelerator import get_accelerator
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
-from pipeline.checkpoint.folder import Checkpoints, StateOwner, read_manifest
+from pipeline.checkpoint.folder import Checkpoints, StateOwner
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.reshard import ShardPlace
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents
@@ -29,7 +31,7 @@ from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, 
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone, RankGroup
+from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem, build, layout_of
 from pipeline.training.engine_owner import EngineOwner
@@ -41,7 +43,8 @@ from pipeline.training.engines import (
     start_distributed,
 )
 from pipeline.training.job import Job
-from pipeline.training.run_folder import check_folder
+from pipeline.training.replay import replay
+from pipeline.training.run_folder import SCRATCH, check_folder
 from pipeline.training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -148,12 +151,31 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
+        group_size=config.memory.group_size,
         identity=_identity(config, model, backbone_identity),
+        timeout_s=config.run.collective_timeout_s,
     )
-    owners: list[StateOwner] = [EngineOwner(engine), LanesOwner(lanes), RandomOwner()]
+    owners: list[StateOwner] = [
+        EngineOwner(engine, config, scratch=folder / SCRATCH),
+        LanesOwner(lanes),
+        RandomOwner(),
+    ]
     if bank is not None:
-        owners.append(MemoryOwner(bank))
+        owners.append(_memory_owner(config, model, lanes, bank, exchange))
     return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
+
+
+def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:
+    place = ShardPlace(
+        lanes=lanes.lanes,
+        num_lanes=config.data.lanes,
+        group_rank=exchange.rank,
+        group_size=exchange.size,
+        segment_tokens=config.train.segment_tokens,
+        num_tokens=config.memory.tokens,
+    )
+    store = config.checkpoint.memory == "save"
+    return MemoryOwner(bank, place, store=store, replay=lambda: replay(model, lanes, bank, exchange))
 
 
 def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str]:
@@ -210,16 +232,21 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
         Its folder, or None: start anew.
 
     Raises:
-        CheckpointError: The named folder, or the newest one, is no whole checkpoint, or of another world size.
+        CheckpointError: The named folder is no whole checkpoint, or there are checkpoints and none is whole.
     """
     if config.run.resume == "none":
         return None
-    # The identity is not known before the backbone is loaded; the rest is checked now.
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, identity={})
-    found = checkpoints.latest() if config.run.resume == "auto" else Path(config.run.resume)
-    if found is not None:
-        checkpoints.check(found)
-    return found
+    # What follows from the backbone's weights is compared when they are loaded, the rest now.
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=config.checkpoint.keep,
+        group_size=config.memory.group_size,
+        identity=_identity_of_settings(config),
+    )
+    if config.run.resume == "auto":
+        return checkpoints.newest()
+    checkpoints.check(Path(config.run.resume))
+    return Path(config.run.resume)
 
 
 def _validation(config: Config, train: TokenStore) -> TokenStore | None:
@@ -236,12 +263,24 @@ def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[st
     """What a checkpoint must have in common with the run that loads it."""
     layout = model.sidenet.layout
     return {
+        **_identity_of_settings(config),
         "backbone": backbone_identity,
         "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
+    }
+
+
+def _identity_of_settings(config: Config) -> dict[str, Any]:
+    """The part of `_identity` that is known before the backbone is loaded."""
+    known: dict[str, Any] = {
         "precision": config.train.precision,
         "memory": config.memory.enabled,
-        "group_size": config.memory.group_size,
+        "segments_per_step": config.train.segments_per_step,  # a step must end with the last rank of every group
     }
+    if config.memory.enabled and config.memory.scope == "group":
+        # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
+        groups = world_size() // config.memory.group_size
+        known["memory groups (the lanes of one share a bank, as memory.scope is 'group')"] = groups
+    return known
 
 
 def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:

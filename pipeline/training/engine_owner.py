@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_INFO,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from pipeline.checkpoint.export import SETTINGS, WEIGHTS
+from pipeline.checkpoint.folder import SavedWorld
+from pipeline.config.load import dump_config
+from pipeline.config.schema import Config
+from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import CheckpointError
+from pipeline.training.universal import load_universal, plainly_named
 
 _TAG = "engine"
 
@@ -21,37 +32,76 @@ class EngineOwner:
 
     Args:
         engine: The SideNet's engine.
+        config: The run's settings, stored beside the weights.
+        scratch: A folder that all ranks share, for the time of loading what another number of ranks saved.
     """
 
     name = "sidenet"
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, config: Config, *, scratch: Path) -> None:
+        self.engine, self.config, self.scratch = engine, config, scratch
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and this rank's optimizer shard.
+    def save(self, folder: Path) -> Callable[[], None] | None:
+        """Writes weights and this rank's optimizer shard for DeepSpeed, and the weights once more for everyone else.
 
         Collective: every rank must call it.
 
         Args:
             folder: The owner's folder.
+
+        Returns:
+            On rank 0: writes `model.safetensors` (fp32) and `config.yaml`, all that an export needs.
         """
         # Without this entry DeepSpeed cannot turn the checkpoint into a universal one for another number of ranks.
         universal = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         client_state = {UNIVERSAL_CHECKPOINT_INFO: universal}
         self.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state, save_latest=False)
+        weights = full_weights(self.engine.module)
+        if rank() != 0:
+            return None
 
-    def load(self, folder: Path) -> None:
-        """Reads weights and this rank's optimizer shard back.
+        def write() -> None:
+            save_file(weights, folder / WEIGHTS)
+            (folder / SETTINGS).write_text(dump_config(self.config), encoding="utf-8")
+
+        return write
+
+    def load(self, folder: Path, saved: SavedWorld) -> None:
+        """Reads weights and this rank's optimizer shard back; those of another number of ranks are split anew.
 
         Collective: every rank must call it.
 
         Args:
             folder: The owner's folder.
+            saved: The ranks that wrote it.
 
         Raises:
-            CheckpointError: DeepSpeed found no state there.
+            CheckpointError: DeepSpeed found no state there, or could not convert it.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        if saved.world_size != world_size():
+            load_universal(self.engine, folder, _TAG, scratch=self.scratch)
+            return
+        with plainly_named(folder) as (link,):
+            path, _ = self.engine.load_checkpoint(str(link), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no state of the SideNet in {folder}")
+
+
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The trained weights in fp32, from the master weights where training keeps some.
+
+    Collective: every rank must call it.
+
+    Args:
+        module: A module under a ZeRO-2 engine.
+
+    Returns:
+        Name to a copy on the host; empty on other ranks than 0.
+    """
+    weights = {}
+    for name, parameter in module.named_parameters():
+        # In fp32 the weights are their own master weights, and whole on every rank.
+        full = parameter.detach() if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
+        if rank() == 0:
+            weights[name] = full.to("cpu", copy=True).contiguous()
+    return weights

@@ -28,6 +28,7 @@ from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import DTYPES
 from pipeline.sidenet.sidenet import SideNet
+from pipeline.training.leftovers import lock_extensions_for_life, unlink_shared_buffers
 from pipeline.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -67,11 +68,14 @@ def start_distributed(*, timeout_s: float) -> torch.device:
     # DeepSpeed 0.19 makes groups of its own without a time-out. Theirs would be torch's default of 30 minutes, whatever
     # the job's is; torch 2.13 has no public way to change it.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    lock_extensions_for_life()
     # Ranks may start minutes apart: imports from a busy file system, nodes that come one after the other.
     deepspeed.init_distributed(timeout=max(limit, _JOINING), verbose=False)
     distributed_c10d._set_pg_timeout(limit)
     distributed_c10d._get_default_store().set_timeout(limit)
     accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        unlink_shared_buffers()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(accelerator.current_device_name())
 

@@ -15,6 +15,7 @@ from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
+from pipeline.training.saving import Saving
 from pipeline.training.summary import EVALUATION_NAME
 
 
@@ -69,15 +70,18 @@ def train(run: Run, *, evaluate: Evaluate | None = None, signals: Signals | None
 
 
 def _train(run: Run, evaluate: Evaluate | None, signals: Signals) -> Ended:
-    config, job = run.config, run.job
-    job.watch.at("loading the checkpoint")
-    step = 0 if run.resume_from is None else run.checkpoints.load(run.resume_from, run.owners)
+    config, job, step = run.config, run.job, 0
+    if run.resume_from is not None:
+        job.watch.at("loading the checkpoint")
+        step = run.checkpoints.load(run.resume_from, run.owners, or_older=config.run.resume == "auto")
     job.claim(step)
+    run.checkpoints.truncate_after(step)
     last = max(step, min(config.train.steps, config.train.stop_after_steps or config.train.steps))
     stop: str | None = None
     with MetricsWriter(run.folder, enabled=rank() == 0) as writer:
         writer.truncate_after(step)
         recorder = Recorder(config, run.model, writer, first_step=step)
+        saving = Saving(run)
         signals.begin_steps()
         while step < last and stop is None:
             step += 1
@@ -85,11 +89,10 @@ def _train(run: Run, evaluate: Evaluate | None, signals: Signals) -> Ended:
             result = run.trainer.step(step, observe_ages=recorder.ages_observer(step), asked=lambda: signals.asked)
             recorder.record(step, result, memory_fill=run.trainer.memory_fill)
             run.stores.check_unchanged()
+            stop = _stops(result.asked, signals)
             job.watch.at(f"step {step}, saving")
-            if step == last or result.asked is not None or _due(step, config.checkpoint.every_steps):
-                run.checkpoints.save(step, run.owners)
+            saving.after_step(step, last=step == last or stop is not None, asked=result.asked is not None)
             job.after_step(step)
-            stop = _heed(result.asked, signals)
             if stop is None and _due(step, config.evaluation.every_steps):
                 job.watch.at(f"the evaluation after step {step}")
                 _evaluate(run, evaluate, step)
@@ -106,8 +109,8 @@ def _train(run: Run, evaluate: Evaluate | None, signals: Signals) -> Ended:
     return Ended(step, "finished", None)
 
 
-def _heed(asked: str | None, signals: Signals) -> str | None:
-    """What ends the run now that a checkpoint is written; the same on all ranks."""
+def _stops(asked: str | None, signals: Signals) -> str | None:
+    """What ends the run once it is saved, of what was asked for; the same on all ranks."""
     if asked == "SIGUSR1" and not signals.usr1_stops:
         signals.heeded(asked)
         return None

@@ -12,6 +12,7 @@ RUN/config.yaml        the resolved configuration
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from pipeline.metrics.status import STATUS_NAME
 from pipeline.training.run_lock import LOCK_NAME
 
 _CONFIG_NAME = "config.yaml"
+SCRATCH = ".universal"  # made and removed while a checkpoint of another number of ranks is loaded
 # Settings that may differ when a run goes on: they change how long or how visibly it runs, not what it computes.
 CHANGEABLE = {
     "run": {"resume", "output_dir", "collective_timeout_s", "on_usr1"},
     "train": {"stop_after_steps", "histogram_every_steps", "loss_piece_tokens"},
-    "checkpoint": {"every_steps", "keep"},
+    "memory": {"group_size"},  # a checkpoint is split anew over other ranks
+    "checkpoint": {"every_steps", "every_minutes", "keep", "memory"},
     "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
     "backbone": {"path"},  # its identity hash is compared instead
     "data": {"path"},  # likewise
@@ -61,7 +64,7 @@ def check_folder(folder: Path, config: Config) -> None:
     """
     path = folder / _CONFIG_NAME
     # What a job leaves that was stopped while its weights were loaded.
-    nothing = {STATUS_NAME, LOCK_NAME}
+    nothing = {STATUS_NAME, LOCK_NAME, SCRATCH}
     if path.is_file():
         _check_same(path, config)
         if config.run.resume == "none":
@@ -92,6 +95,7 @@ def claim(folder: Path, config: Config) -> None:
     """
     check_folder(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # left if a start was killed while it loaded
     write_text(folder / _CONFIG_NAME, dump_config(config))
     write_versions(folder)
 

@@ -103,7 +103,7 @@ class Trainer:
         totals = torch.zeros(2 + len(ASKS), dtype=torch.float64, device=self.model.device)
         for micro in range(self.num_segments):
             with self.timer.phase("data"):
-                segment = self._next_segment()
+                segment = self.lanes.next_of_group(self.exchange.rank, self.exchange.size)
             losses, counted = self._forward(segment, observe_ages)
             totals[:2] += torch.stack([losses.detach().sum().double(), counted.double()])
             with self.timer.phase("backward"):
@@ -129,13 +129,6 @@ class Trainer:
             traffic=self._collect_traffic(),
             asked=next((ask for ask, ranks in zip(ASKS, asks, strict=True) if ranks), None),
         )
-
-    def _next_segment(self) -> Segment:
-        """This rank's one of the group's next segments: its ranks read consecutive ones of the same lanes."""
-        self.lanes.skip(self.exchange.rank)
-        segment = self.lanes.next_segment()
-        self.lanes.skip(self.exchange.size - 1 - self.exchange.rank)
-        return segment
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
         """Losses `[B, T]` of one segment of every lane, and how many of its tokens predict."""
@@ -188,7 +181,7 @@ class Trainer:
     @property
     def lane_tokens(self) -> int:
         """Tokens of each lane read so far."""
-        return int(self.lanes.state_dict()["index"]) * self.model.config.train.segment_tokens
+        return self.lanes.index * self.model.config.train.segment_tokens
 
     @property
     def memory_fill(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,21 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoint.manifest import manifest_text
 from pipeline.config.schema import Config
 from tests.ranks import run_ranks
 from tests.tiny_run import TRAIN_TOKENS, VALIDATION_TOKENS, TinyRun, save_backbone, save_store
 
 STEPS = 4  # a checkpoint every two
 NEWEST = Path("checkpoints") / f"step_{STEPS:08d}"
+MODEL_STATES = NEWEST / "sidenet" / "engine" / "mp_rank_00_model_states.pt"
 LANES_FILE = NEWEST / "lanes" / "rank_00001.json"
 
 
-def edit_manifest(**entries: Any) -> Callable[[Path], None]:
-    def edit(run: Path) -> None:
-        path = run / NEWEST / "manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
-
-    return edit
+def other_format(run: Path) -> None:
+    (run / NEWEST / "manifest.json").write_text(manifest_text({"format": 99}))
 
 
 def flip_a_bit(run: Path) -> None:
@@ -42,7 +39,8 @@ def cut_short(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-# What is done to a copy of a good run, how its settings differ, and what must be said.
+# What is done to a copy of a good run, how its settings differ, and what must be said. A damaged checkpoint is refused
+# where run.resume names it; `auto` passes over it (tests/distributed/test_damaged_checkpoints.py).
 DAMAGE: Mapping[str, tuple[Callable[[Path], object], Mapping[str, Mapping[str, Any]], str]] = {
     "bit flip": (flip_a_bit, {}, r"is corrupt; got: memory/rank_00001.safetensors has another hash; do: resume from"),
     "truncated": (cut_short, {}, r"is corrupt; got: lanes/rank_00001.json has \d+ bytes instead of \d+"),
@@ -57,13 +55,13 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], Mapping[str, Mapping[str, A
         {},
         r"is not a whole checkpoint; got: JSONDecodeError",
     ),
-    "format": (edit_manifest(format=99), {}, r"has another format; got: format 99; expected: format 1; do:"),
-    "world size": (
-        edit_manifest(world_size=3),
+    "format": (other_format, {}, r"has another format; got: format 99; expected: format 1; do:"),
+    "checkpoint gone": (lambda run: shutil.rmtree(run / NEWEST), {}, r"is not a whole checkpoint"),
+    "unlisted file": (
+        lambda run: shutil.copy(run / MODEL_STATES, run / MODEL_STATES.with_name("mp_rank_01_model_states.pt")),
         {},
-        r"belongs to another run; got: world size 3; expected: world size 2; do: start with",
+        r"is corrupt; got: sidenet/engine/mp_rank_01_model_states.pt is not in the manifest; do: resume from another",
     ),
-    "latest dangles": (lambda run: shutil.rmtree(run / NEWEST), {}, r"is not a whole checkpoint"),
     "other settings": (
         lambda run: None,
         {"train": {"steps": STEPS, "learning_rate": 0.5}},
@@ -217,12 +215,15 @@ def attempts(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any
         sections = {**training, **sections, "train": {**training["train"], **sections.get("train", {})}}
         return tiny_run.config(folder / output, **sections)
 
+    def named(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        return {"run": {"resume": str(folder / f"copy, {name}" / NEWEST)}, **overrides}
+
     others = other_runs(tiny_run, folder)
     found = run_ranks(
         refused,
         2,
         config("good", {}),
-        {name: config(f"copy, {name}", overrides) for name, (_, overrides, _) in DAMAGE.items()},
+        {name: config(f"copy, {name}", named(name, overrides)) for name, (_, overrides, _) in DAMAGE.items()},
         {name: config(f"new, {name}", overrides) for name, (overrides, _) in others.items()},
         init_process_group=False,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint.folder import read_manifest
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from tests.ranks import RanksFailedError, run_ranks

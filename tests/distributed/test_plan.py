@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.schema import Config
+from pipeline.model.plan import Plan
+from pipeline.model.traffic import Traffic
 from tests.distributed.sharded_training import Case, train
 from tests.ranks import run_ranks
 from tests.tiny_config import tiny_config
@@ -79,6 +81,21 @@ def counted() -> Iterator[dict[str, int]]:
         yield sent
 
 
+def is_of_engine(traffic: Traffic) -> bool:
+    """Whether DeepSpeed sends it."""
+    return traffic.purpose.startswith(("backbone", "SideNet"))
+
+
+def check_reads(found: Mapping[str, int], plan: Plan) -> None:
+    """Compares what reading memory sent with the plan: to the byte, or with a bound (test_sharded_read.py has those
+    to the byte)."""
+    planned = {t.purpose: t for t in plan.traffic if not is_of_engine(t)}
+    assert set(found) <= planned.keys() <= {*found, "ties"}  # equal scores may happen to be none
+    for purpose, num_bytes in found.items():
+        expected = planned[purpose]
+        assert 0 < num_bytes <= expected.num_bytes if expected.at_most else num_bytes == expected.num_bytes, purpose
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["alone", "group of 2"])
 def measured(
     request, tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory
@@ -106,18 +123,17 @@ def test_traffic_is_what_the_ranks_send(measured):
 
     config, ranks = measured
     plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
-    group = {t.purpose: t.num_bytes for t in plan.traffic if not t.purpose.startswith(("backbone", "SideNet"))}
     engines = {
-        kind: sum(t.num_bytes for t in plan.traffic if t.purpose not in group and t.collective == kind)
+        kind: sum(t.num_bytes for t in plan.traffic if is_of_engine(t) and t.collective == kind)
         for kind in ("all-gather", "all-reduce")
     }
     for found in ranks:
-        assert {name: number for name, number in found["traffic"].items() if number} == group
+        check_reads(found["traffic"], plan)
         assert found["sent"] == pytest.approx(engines, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", READS)
-def test_memory_traffic_is_exactly_what_is_counted(name):
+def test_memory_traffic_is_what_is_counted(name):
     from pipeline.model.plan import make_plan
     from pipeline.model.shapes import shape_of
 
@@ -127,6 +143,5 @@ def test_memory_traffic_is_exactly_what_is_counted(name):
     sections["memory"] = {**sections.get("memory", {}), "group_size": 2}
     config = tiny_config(**sections, data={"lanes": case.lanes})
     plan = make_plan(config, shape_of(tiny_model(case.family).config), world_size=2)
-    planned = {t.purpose: t.num_bytes for t in plan.traffic if not t.purpose.startswith(("backbone", "SideNet"))}
     for found in run_ranks(train, 2, case, 2):
-        assert found.traffic == planned
+        check_reads(found.traffic, plan)

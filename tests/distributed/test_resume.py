@@ -34,12 +34,13 @@ def train_and_die(config: Config, *, in_step: int) -> None:
     from pipeline.training.engine_owner import EngineOwner
     from pipeline.training.loop import train
 
-    def save_and_die(owner: Any, folder: Path) -> None:
-        save(owner, folder)
+    def save_and_die(owner: Any, folder: Path) -> Any:
+        rest = save(owner, folder)
         if folder.parent.name == f"writing_{in_step:08d}":
             os.kill(os.getpid(), signal.SIGKILL)
+        return rest
 
-    save: Callable[[Any, Path], None] = EngineOwner.save
+    save: Callable[[Any, Path], Any] = EngineOwner.save
     EngineOwner.save = save_and_die  # type: ignore[method-assign,assignment]
     train(build_run(config))
 

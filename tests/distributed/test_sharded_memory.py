@@ -101,11 +101,11 @@ def test_two_groups_of_two() -> None:
 def test_a_run_on_four_shards_of_16384_tokens_equals_one_on_65536() -> None:
     sidenet = {"layout": "uniform", "fusion": "gate"}
     memory = {**MEMORY, "tokens": 65536, "top_k_tokens": 64, "position": "clamp:512", "query_block_tokens": 64}
-    # 34 steps of 4 segments of 512 tokens: the memory is full before the last two.
-    case = Case("llama", {"memory": memory, "sidenet": sidenet}, lanes=1, steps=34, segment=512)
+    # 18 steps of 4 segments of 1,024 tokens: the memory is full before the last two.
+    case = Case("llama", {"memory": memory, "sidenet": sidenet}, lanes=1, steps=18, segment=1024)
     alone = train_all([case], 1)[0]
     for (got,) in run_ranks(train_all, 4, [case], 4, timeout_s=280):
-        assert got.bank_tokens == 16384 + 512
+        assert got.bank_tokens == 16384 + 1024
         np.testing.assert_allclose(got.losses, alone.losses, rtol=0, atol=TOLERANCE)
 
 

@@ -42,8 +42,23 @@ def random(seed: int, heads: int) -> torch.Tensor:
     return torch.randn(1, heads, SEGMENT, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def read(num_tokens: int, segments: int, dtype: torch.dtype = torch.float32) -> list[Sharded]:
-    """Fills a bank and reads it for the next `segments` segments, with all ranks of the world."""
+def of_rank(rank: int) -> torch.Tensor:
+    """Values of a segment that this rank holds, 1 in the dimension of the rank: what is read tells whose it was."""
+    return torch.zeros(1, KV_HEADS, SEGMENT, DIM).index_fill_(-1, torch.tensor(rank), 1.0)
+
+
+def read(
+    num_tokens: int, segments: int, dtype: torch.dtype = torch.float32, marked: bool = False, alike: bool = False
+) -> list[Sharded]:
+    """Fills a bank and reads it for the next `segments` segments, with all ranks of the world.
+
+    Args:
+        num_tokens: Remembered by the group.
+        segments: Read by the group.
+        dtype: Of the bank.
+        marked: Whether values tell which rank holds them.
+        alike: Whether all segments have the same keys.
+    """
     exchange: Exchange = Alone()
     if dist.is_initialized() and dist.get_world_size() > 1:
         assert dist.group.WORLD is not None
@@ -53,9 +68,9 @@ def read(num_tokens: int, segments: int, dtype: torch.dtype = torch.float32) -> 
     documents = torch.zeros(1, SEGMENT, dtype=torch.int64)
 
     def append(index: int) -> None:
-        bank.append(
-            [(random(2 * index, KV_HEADS), random(2 * index + 1, KV_HEADS))], start=index * SEGMENT, documents=documents
-        )
+        key = random(0 if alike else 2 * index, KV_HEADS)
+        value = of_rank(index % exchange.size) if marked else random(2 * index + 1, KV_HEADS)
+        bank.append([(key, value)], start=index * SEGMENT, documents=documents)
 
     first = num_tokens // SEGMENT
     for index in range(exchange.rank, first, exchange.size):
@@ -94,25 +109,40 @@ def test_four_shards_of_16384_equal_one_bank_of_65536(dtype: torch.dtype) -> Non
     assert float(alone[0].values.abs().max()) > 0.1
 
 
-def formula(ranks: int) -> dict[str, int]:
-    """Bytes that a rank sends for one read, forward and backward, by docs/memory.md."""
-    queries = HEADS * SEGMENT
-    each = {
-        "queries": 4 * DIM,
-        "scores": 8 * TOP_K,
-        "thresholds": 8,
-        "partials": 4 * (DIM + 2),
-        "gradients": 4 * (2 * DIM + 2),
-        "query_gradients": 4 * DIM,
+def formula(found: list[Sharded], rank: int) -> dict[str, int]:
+    """Bytes that a rank sends for one read of marked values, forward and backward, by docs/memory.md."""
+    others = [other for other in range(len(found)) if other != rank]
+    everyone = len(others) * HEADS * SEGMENT
+    is_held = [read.values > 0 for read in found]  # by queries of a rank, in the dimension of the rank that holds some
+    asked = sum(int(is_held[rank][..., other].sum()) for other in others)
+    answered = sum(int(is_held[other][..., rank].sum()) for other in others)
+    return {
+        "queries": everyone * 4 * DIM,
+        "scores": everyone * 4 * TOP_K,
+        "thresholds": everyone * 5,
+        "partials": answered * 4 * (DIM + 2),
+        "gradients": asked * 4 * (DIM + 2),
+        "query_gradients": answered * 4 * DIM,
     }
-    return {purpose: (ranks - 1) * queries * size for purpose, size in each.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_traffic_is_the_formula_whatever_is_remembered(ranks: int) -> None:
     for num_tokens in (1024, 4096):
-        for (found,) in run_ranks(read, ranks, num_tokens, ranks):
-            assert found.traffic == formula(ranks)
+        found = [own for (own,) in run_ranks(read, ranks, num_tokens, ranks, torch.float32, True)]
+        for rank, own in enumerate(found):
+            assert own.traffic == formula(found, rank)
+        # Four ranks: some queries read nothing from some rank, and nothing goes there.
+        bound = (ranks - 1) * HEADS * SEGMENT * 4 * (DIM + 2)
+        assert (ranks == 4) == any(own.traffic["gradients"] < bound for own in found)
+
+
+def test_equal_scores_cost_one_more_exchange() -> None:
+    # Every chunk is there 16 times: equal scores straddle the 16th place of many queries, not of all, as the nearest
+    # are read at their real distance. A rank sends 4 k bytes for a tied query of the other and 4 for its own.
+    sent = [found.traffic["ties"] for (found,) in run_ranks(read, 2, 4096, 2, torch.float32, False, True)]
+    tied, rest = divmod(sum(sent), 4 * TOP_K + 4)
+    assert rest == 0 and 0 < tied < 2 * HEADS * SEGMENT
 
 
 def test_a_group_of_one_sends_nothing() -> None:

@@ -44,8 +44,11 @@ class Running:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if f"--local_rank={number}" in child.cmdline())
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # a compiler that has just ended
+                if f"--local_rank={number}" in child.cmdline():
+                    return child
+        raise AssertionError(self.log.read_text()[-4000:])
 
     def wait_for(self, what: Callable[[], bool], limit_s: float = TIMEOUT_S) -> None:
         """Waits until something is so."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.end_to_end.running import has_ended, running
@@ -39,7 +41,8 @@ def test_a_lost_rank_ends_the_job(lost: int, by: signal.Signals, tiny_run: TinyR
         begun = time.monotonic()
         job.wait_for(lambda: has_ended(other), TIMEOUT_S + SLACK_S)
         took = time.monotonic() - begun
-        victim.kill()
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
         assert job.process.wait(LAUNCHER_S) != 0
     assert took < TIMEOUT_S + SLACK_S
     words = f"rank {lost} died or fell silent; its last sign: {'step' if lost else ''}"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.reshard import ShardPlace, rank_file
 from pipeline.data.lanes import Lanes
 from pipeline.errors import CheckpointError, DataError
 from pipeline.memory.bank import BankShape, MemoryBank
+from tests import shards
+from tests.shards import place_of
 from tests.tiny_longmem import bank_bytes
 
+ALONE = SavedWorld(world_size=1, group_size=1)
 SHAPE = BankShape(num_layers=2, num_lanes=2, num_kv_heads=2, head_dim=4, num_chunks=5, chunk_size=2)
 
 
@@ -25,11 +33,16 @@ def filled_bank(num_segments=4):
     return bank
 
 
+def owner_of(bank, *, store=True, replay=None):
+    place = ShardPlace(lanes=(0, 1), num_lanes=2, group_rank=0, group_size=1, segment_tokens=4, num_tokens=6)
+    return MemoryOwner(bank, place, store=store, replay=replay or pytest.fail)
+
+
 @pytest.mark.parametrize("num_segments", [0, 1, 4])
 def test_memory_comes_back_bit_for_bit(tmp_path, num_segments):
     bank, other = filled_bank(num_segments), filled_bank(2)
-    MemoryOwner(bank).save(tmp_path)
-    MemoryOwner(other).load(tmp_path)
+    owner_of(bank).save(tmp_path)()
+    owner_of(other).load(tmp_path, ALONE)
     left, right = bank.state_dict(), other.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     more = [(torch.ones(2, 2, 4, 4), torch.ones(2, 2, 4, 4))] * 2
@@ -48,10 +61,37 @@ def in_float32(bank):
 
 
 def test_memory_of_another_shape_is_refused(tmp_path):
-    MemoryOwner(filled_bank()).save(tmp_path)
+    owner_of(filled_bank()).save(tmp_path)()
     other = MemoryBank(SHAPE, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(CheckpointError, match="stored memory does not fit a bank .*do: resume with the memory"):
-        MemoryOwner(other).load(tmp_path)
+        owner_of(other).load(tmp_path, ALONE)
+
+
+def test_memory_that_is_not_stored_is_read_again_whatever_the_setting(tmp_path):
+    replayed = []
+    assert owner_of(filled_bank(), store=False).save(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    for store in (True, False):
+        owner_of(filled_bank(), store=store, replay=lambda: replayed.append(1)).load(tmp_path, ALONE)
+    assert len(replayed) == 2
+
+
+def test_memory_that_is_stored_is_loaded_whatever_the_setting(tmp_path):
+    bank, other = filled_bank(), filled_bank(1)
+    owner_of(bank).save(tmp_path)()
+    owner_of(other, store=False).load(tmp_path, ALONE)
+    assert other.end == bank.end
+
+
+def test_memory_of_other_ranks_is_split_anew(tmp_path):
+    for rank in range(2):  # two groups of one rank and one lane each
+        place = place_of(rank, world_size=4, group_size=1, num_tokens=30)
+        save_file(shards.filled_bank(place, num_segments=8).state_dict(), rank_file(tmp_path, rank))
+    wide = replace(place_of(0, world_size=2, group_size=1, num_tokens=30), num_lanes=2)
+    bank, own = shards.empty_bank(wide), shards.filled_bank(wide, num_segments=8)
+    MemoryOwner(bank, wide, store=True, replay=pytest.fail).load(tmp_path, SavedWorld(2, 1))
+    sight = {"end": 64, "num_tokens": 30}
+    shards.assert_same(shards.visible(bank, **sight), shards.visible(own, **sight))
 
 
 class Documents:
@@ -71,12 +111,26 @@ def test_lanes_go_on_where_they_stood(tmp_path):
     for _ in range(5):
         one.next_segment()
     LanesOwner(one).save(tmp_path)
-    LanesOwner(two).load(tmp_path)
+    LanesOwner(two).load(tmp_path, ALONE)
     for _ in range(5):
         left, right = one.next_segment(), two.next_segment()
         assert left.start == right.start and (left.tokens == right.tokens).all()
     with pytest.raises(DataError, match="comes from other data or settings"):
-        LanesOwner(lanes(7, 9, 6)).load(tmp_path)
+        LanesOwner(lanes(7, 9, 6)).load(tmp_path, ALONE)
+
+
+def test_lanes_of_other_groups_are_dealt_anew(tmp_path):
+    def one_of(lane):
+        return Lanes(Documents(7, 9, 5), num_lanes=2, lanes=(lane,), segment_tokens=4, seed=0)
+
+    for rank in range(4):  # two groups of two ranks
+        own = one_of(rank // 2)
+        own.skip(5)
+        rank_file(tmp_path, rank, "json").write_text(json.dumps(own.state_dict()))
+    whole, moved = lanes(7, 9, 5), lanes(7, 9, 5)
+    whole.skip(5)
+    LanesOwner(moved).load(tmp_path, SavedWorld(4, 2))
+    assert moved.state_dict() == whole.state_dict()
 
 
 def test_random_numbers_go_on(tmp_path):
@@ -87,5 +141,5 @@ def test_random_numbers_go_on(tmp_path):
     RandomOwner().save(tmp_path)
     expected = draw()
     assert draw() != expected
-    RandomOwner().load(tmp_path)
+    RandomOwner().load(tmp_path, ALONE)
     assert draw() == expected

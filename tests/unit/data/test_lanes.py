@@ -115,6 +115,29 @@ def test_skipping_equals_reading_and_reads_no_token(job, before, skipped):
     assert_equal(skipping.next_segment(), read.next_segment())
 
 
+@settings(max_examples=40, deadline=None)
+@given(job=JOBS, before=st.integers(0, 60), back=st.integers(0, 60))
+def test_going_back_is_undone_by_reading_again_and_reads_no_token(job, before, back):
+    back = min(back, before)
+    lanes, unbroken = make(**job), make(**job)
+    lanes.skip(before)
+    lanes.skip(-back)
+    assert lanes._rows[0]._source.num_read == 0
+    for _ in range(before - back):
+        unbroken.next_segment()
+    assert lanes.index == before - back
+    assert lanes.state_dict() == unbroken.state_dict()
+    assert_equal(lanes.next_segment(), unbroken.next_segment())
+
+
+def test_the_ranks_of_a_group_read_consecutive_segments():
+    ranks, alone = [make([9, 3, 14, 2]) for _ in range(3)], make([9, 3, 14, 2])
+    for _ in range(2):
+        for rank, lanes in enumerate(ranks):
+            assert_equal(lanes.next_of_group(rank, 3), alone.next_segment())
+    assert all(lanes.state_dict() == alone.state_dict() for lanes in ranks)
+
+
 def test_splitting_lanes_over_ranks_changes_nothing():
     lengths = [9, 3, 14, 2, 5, 8, 1]
     together = make(lengths, num_lanes=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import datasets
@@ -161,3 +162,20 @@ def test_held_out_documents_are_long_enough_and_a_larger_count_keeps_a_smallers(
 def test_held_out_documents_all_too_short_is_an_error(folder):
     with pytest.raises(DataError, match="the longest of 5 has 16 tokens; expected: 17 tokens.*context_tokens"):
         held_out_documents(TokenStore.open(folder), count=1, min_tokens=17)
+
+
+@pytest.mark.parametrize("harm", ["touched", "rewritten", "gone"])
+def test_a_store_that_changes_after_it_was_opened_is_an_error(folder, harm):
+    store = TokenStore.open(folder)
+    store.check_unchanged()
+    if harm == "touched":
+        os.utime(folder / "store.json", (0, 0))
+    elif harm == "rewritten":
+        (folder / "train" / "state.json").write_text("{}")
+    else:
+        shutil.rmtree(folder / "train")
+    name = {"touched": "store.json", "rewritten": "train/state.json", "gone": "train/data-00000-of-00001.arrow, train/"}
+    with pytest.raises(
+        DataError, match=f"has changed since it was opened; got: .*gone: {name[harm]}.*; do: put the store"
+    ):
+        store.check_unchanged()

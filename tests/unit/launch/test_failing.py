@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import sys
 
 import pytest
 
@@ -55,3 +58,16 @@ def test_nothing_happens_without_error(capsys):
     with explained():
         pass
     assert capsys.readouterr().err == ""
+
+
+class FullLog(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        self.write("")
+
+
+def test_a_log_on_a_full_disk_keeps_nobody(end, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", FullLog())
+    assert end(DataError("no data"), rank=0, local_rank=0, world_size=16)[0] == (1, True)

@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from pipeline.errors import BackboneError, ConfigError, DataError
+from pipeline.checkpoint.folder import Checkpoints
+from pipeline.errors import BackboneError, CheckpointError, ConfigError, DataError
 from pipeline.training.build import check_inputs, find_checkpoint
 from pipeline.training.engines import check_precision, read_backbone_config
 from tests.tiny_run import TRAIN_TOKENS, save_store
@@ -66,3 +67,31 @@ def test_without_checkpoint_or_with_none_a_run_starts_anew(tiny_run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step_00000001")
     assert find_checkpoint(tiny_run.config(tmp_path, run={"resume": "none"}), tmp_path) is None
+
+
+class Nothing:
+    name = "nothing"
+
+    def save(self, folder):
+        """There is nothing to write."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {"train": {"segments_per_step": 4}},
+            "got: segments_per_step 2; expected: segments_per_step 4; do: start with",
+        ),
+        ({"train": {"precision": "bf16"}}, "got: precision 'fp32'; expected: precision 'bf16'; do: start with"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_settings_is_refused_early(tiny_run, tmp_path, overrides, words):
+    found = {"precision": "fp32", "memory": True, "segments_per_step": 2}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, group_size=1, identity=found)
+    saved = checkpoints.save(3, [Nothing()])  # type: ignore[list-item]
+    checkpoints.publish_if_written(wait=True)
+    resume = {"run": {"resume": str(saved)}}
+    assert find_checkpoint(tiny_run.config(tmp_path / "other", **resume), tmp_path / "other") == saved
+    with pytest.raises(CheckpointError, match=f"belongs to another run; {words}"):
+        find_checkpoint(tiny_run.config(tmp_path / "other", **resume, **overrides), tmp_path / "other")

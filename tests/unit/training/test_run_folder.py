@@ -77,3 +77,20 @@ def test_a_run_that_is_not_to_be_resumed_needs_a_folder_of_its_own(tmp_path):
     claim(tmp_path, config)
     with pytest.raises(TrainingError, match="already holds this run, and run.resume is 'none'; .*do: set run.resume"):
         claim(tmp_path, config)
+
+
+def test_what_a_job_leaves_that_was_stopped_while_loading_is_no_other_run(tmp_path):
+    for name in ("status.json", "lock"):
+        (tmp_path / name).touch()
+    check_folder(tmp_path, tiny_config())
+
+
+def test_what_a_killed_start_left_while_it_loaded_is_no_obstacle_and_goes(tmp_path):
+    (tmp_path / ".universal" / "engine").mkdir(parents=True)
+    claim(tmp_path, tiny_config())
+    assert not (tmp_path / ".universal").exists()
+
+
+def test_memory_groups_may_change(tmp_path):
+    claim(tmp_path, tiny_config())
+    claim(tmp_path, tiny_config(memory={"group_size": 2}, checkpoint={"memory": "replay"}))

@@ -1,0 +1,66 @@
+"""A checkpoint made into a folder that needs nothing else: the trained weights in one file, and their configuration.
+
+DIR/model.safetensors   the SideNet's weights, fp32, by their names in the model
+    config.yaml         the settings of the run that trained them
+    export.json         step, backbone, layout, hash of the weights
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damaged, raise_damage, read_manifest
+from pipeline.checkpoint.shelf import Shelf
+from pipeline.errors import CheckpointError
+
+WEIGHTS, SETTINGS, ABOUT = "model.safetensors", "config.yaml", "export.json"
+_OWNER = "sidenet"
+
+
+def export(source: Path, output: Path) -> Path:
+    """Writes the trained weights of a checkpoint into a new folder, which is whole or absent.
+
+    Args:
+        source: A checkpoint (`step_*`), or a run folder: its newest one.
+        output: The folder to make.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        CheckpointError: The output exists already, there is no checkpoint, or it is damaged; nothing was written.
+    """
+    if output.exists() or output.is_symlink():
+        raise CheckpointError("the output exists already; nothing was written", got=output, do="name a new folder")
+    checkpoint = _find(source)
+    manifest = read_manifest(checkpoint)
+    check_names_and_sizes(checkpoint, manifest["files"])
+    raise_damage(checkpoint, damaged(checkpoint, manifest["files"], sorted(manifest["files"])))
+    weights = manifest["files"][f"{_OWNER}/{WEIGHTS}"]
+    about = {"step": manifest["step"], "sha256": weights["sha256"], **manifest["identity"]}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
+        whole = Path(name, "whole")
+        whole.mkdir()
+        for part in (WEIGHTS, SETTINGS):
+            shutil.copyfile(checkpoint / _OWNER / part, whole / part)
+        (whole / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        whole.rename(output)
+    return checkpoint
+
+
+def _find(source: Path) -> Path:
+    if (source / MANIFEST).is_file():
+        return source
+    found = Shelf(source / "checkpoints", keep=1).newest_first()
+    if not found:
+        raise CheckpointError(
+            "there is no checkpoint to export",
+            got=source,
+            expected="a folder step_* of a run's checkpoints, or a run folder with one",
+            do="name one of them",
+        )
+    return found[0]

@@ -1,0 +1,171 @@
+"""The folder of a run's checkpoints, as one process sees it: which there are, adding one, going back to one.
+
+step_00000040      a whole checkpoint
+latest             name of the newest one, for people and scripts; nothing here trusts it
+writing_00000044   one that is being written, or that a crash left
+aside_00000048     one that is newer than the checkpoint that the run went back to
+removing_*         one that is being removed
+back_to            the step that the run is going back to, while newer ones are put aside
+
+Every change is one rename, flushed to the disk, so a crash at any moment leaves whole checkpoints under `step_*`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.metrics.atomic import write_text
+
+logger = logging.getLogger(__name__)
+LATEST = "latest"
+_BACK_TO = "back_to"
+
+
+class Shelf:
+    """The checkpoints of one run. No method holds a collective; only one process may change anything.
+
+    Args:
+        folder: `checkpoints/` of the run folder; made when the first one is written.
+        keep: How many stay.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def place(self, step: int) -> Path:
+        """Where the checkpoint of a step is once it is whole.
+
+        Args:
+            step: The step.
+
+        Returns:
+            The folder.
+        """
+        return self.folder / f"step_{step:08d}"
+
+    def newest_first(self) -> list[Path]:
+        """The checkpoints that a run can go on from; whether they are whole is another question.
+
+        Returns:
+            Their folders.
+        """
+        back_to = self.folder / _BACK_TO
+        end = int(back_to.read_text()) if back_to.is_file() else None
+        steps = sorted(self._steps("step"), reverse=True)
+        return [self.place(step) for step in steps if end is None or step <= end]
+
+    def named_latest(self) -> str | None:
+        """What the file `latest` says, whether or not that is there; None without such a file."""
+        path = self.folder / LATEST
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+    def begin(self, work: Path, names: Sequence[str]) -> None:
+        """Makes the folders to write to; what an interrupted save or removal left behind goes.
+
+        Args:
+            work: The folder to write to, `writing_*`.
+            names: Of the folders inside.
+        """
+        self._clear()
+        work.mkdir(parents=True)
+        for name in names:
+            (work / name).mkdir()
+
+    def publish(self, step: int, work: Path, manifest: str) -> None:
+        """Makes what was written the newest checkpoint, and removes old ones.
+
+        Args:
+            step: The step.
+            work: Where it was written; the files are on the disk.
+            manifest: The text of its manifest.
+        """
+        write_text(work / MANIFEST, manifest)
+        for parent, _, _ in os.walk(work):
+            _flush_folder(Path(parent))
+        if self.place(step).exists():  # only if somebody put it there: a run that goes back puts newer ones aside
+            self._rename(self.place(step), f"aside_{step:08d}")
+        self._rename(work, self.place(step).name)
+        _flush_folder(self.folder.parent)
+        self._write(LATEST, self.place(step).name)
+        self._prune(step)
+
+    def truncate_after(self, step: int) -> None:
+        """Lets nothing newer than a step count: the run goes on from there. Newer ones are put aside.
+
+        They are removed when the run has passed their steps. What a crash left half written or half removed goes at
+        once.
+
+        Args:
+            step: The step; 0 lets none count.
+        """
+        self._clear()
+        newer = [number for number in self._steps("step") if number > step]
+        if newer:
+            # Written first: a crash between the renames must not leave one of the newer ones as the newest.
+            self._write(_BACK_TO, str(step))
+        for number in newer:
+            if (self.folder / f"aside_{number:08d}").exists():
+                self._drop(f"aside_{number:08d}")
+            self._rename(self.place(number), f"aside_{number:08d}")
+        if self.place(step).is_dir() and self.named_latest() != self.place(step).name:
+            self._write(LATEST, self.place(step).name)
+        (self.folder / _BACK_TO).unlink(missing_ok=True)
+
+    def remove(self, folder: Path) -> None:
+        """Removes a folder; if that cannot be done, it is logged.
+
+        Args:
+            folder: The folder; not one that counts as a checkpoint.
+        """
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # it takes space, but nothing counts on its absence
+            logger.warning("%s could not be removed: %s", folder, error)
+
+    def _clear(self) -> None:
+        for left_over in (*self.folder.glob("writing_*"), *self.folder.glob("removing_*")):
+            self.remove(left_over)
+        for left_over in self.folder.glob(".*.partial"):
+            left_over.unlink()
+
+    def _steps(self, kind: str) -> list[int]:
+        names = [path.name.removeprefix(f"{kind}_") for path in self.folder.glob(f"{kind}_*") if path.is_dir()]
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _prune(self, step: int) -> None:
+        for old in self.newest_first()[self.keep :]:
+            self._drop(old.name)
+        for number in self._steps("aside"):
+            if number <= step:
+                self._drop(f"aside_{number:08d}")
+
+    def _drop(self, name: str) -> None:
+        """Removes a checkpoint; half removed it must not look like one."""
+        self._rename(self.folder / name, f"removing_{name}")
+        self.remove(self.folder / f"removing_{name}")
+
+    def _rename(self, path: Path, name: str) -> None:
+        os.replace(path, self.folder / name)
+        _flush_folder(self.folder)
+
+    def _write(self, name: str, text: str) -> None:
+        write_text(self.folder / name, text)
+        _flush_folder(self.folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Has the disk hold the names in a folder: without it a power loss may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folders on a disk of their own
+            raise
+    finally:
+        os.close(descriptor)

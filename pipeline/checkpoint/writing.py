@@ -1,0 +1,133 @@
+"""One checkpoint that is being written beside the training, by a thread of each rank."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.background import Background
+from pipeline.checkpoint.manifest import digest, files_below
+from pipeline.checkpoint.shelf import Shelf
+from pipeline.distributed.ranks import gather, rank, world_size
+from pipeline.errors import CheckpointError
+
+
+class Writing:
+    """What is left of a save when training goes on.
+
+    Two rounds: every rank writes its snapshots; when all have, the ranks share the reading of all files, which are
+    hashed and flushed to the disk.
+
+    Args:
+        shelf: Where the checkpoint belongs.
+        step: Its step.
+        work: The folder that it is written to.
+        rests: Write this rank's snapshots.
+
+    Attributes:
+        busy: The ranks that were not done when last asked.
+    """
+
+    def __init__(self, shelf: Shelf, step: int, work: Path, rests: Sequence[Callable[[], None] | None]) -> None:
+        self.shelf, self.step, self.work = shelf, step, work
+        self._writing = Background(lambda: [rest() for rest in rests if rest is not None])
+        self._hashing: Background[dict[str, Any]] | None = None
+        self.busy: list[int] = []
+
+    def files(self, *, wait_s: float) -> dict[str, Any] | None:
+        """Asks how far all ranks are.
+
+        Collective: every rank must call it.
+
+        Args:
+            wait_s: Seconds to wait for this rank's thread.
+
+        Returns:
+            The manifest's entry of every file; None as long as some rank is not done.
+
+        Raises:
+            CheckpointError: Some rank could not write, on every rank.
+        """
+        if self._hashing is not None:
+            if not self._is_done_everywhere(self._hashing, wait_s):
+                return None
+            entries = gather(self._hashing.result)
+            return {name: entry for part in entries for name, entry in part.items()}
+        if self._is_done_everywhere(self._writing, wait_s):
+            self._begin_hashing(wait_s)
+        return None
+
+    def _begin_hashing(self, wait_s: float) -> None:
+        names = files_below(self.work)
+        seen = gather(hashlib.sha256("\n".join(names).encode()).hexdigest())
+        if (
+            len(set(seen)) > 1
+        ):  # a rank sees its own files at once; those of others, on some file systems, after a while
+            time.sleep(wait_s)
+            return
+        mine = names[rank() :: world_size()]
+        self._hashing = Background(lambda: {name: digest(self.work / name, flush=True) for name in mine})
+
+    def _is_done_everywhere(self, task: Background[Any], wait_s: float) -> bool:
+        done = task.is_done(wait_s=wait_s)
+        reports = gather((done, describe(task.error)))
+        self.busy = [number for number, (done, _) in enumerate(reports) if not done]
+        if self.busy:  # a failure waits for those who still write: the folder is removed
+            return False
+        failed = {number: words for number, (_, words) in enumerate(reports) if words is not None}
+        if failed:
+            if rank() == 0:
+                self.shelf.remove(self.work)  # it may be what fills the disk
+            raise unwritten(self.shelf, self.step, failed) from task.error
+        return True
+
+
+def change(shelf: Shelf, step: int, work: Callable[[], None]) -> None:
+    """Changes the folder of checkpoints on rank 0; if that fails, every rank fails.
+
+    Collective: every rank must call it.
+
+    Args:
+        shelf: The folder.
+        step: The step that is saved, for the message.
+        work: What to do on rank 0.
+
+    Raises:
+        CheckpointError: It failed.
+    """
+    error = None
+    try:
+        if rank() == 0:
+            work()
+    except OSError as caught:
+        error = caught
+    words = gather(describe(error))[0]
+    if words is not None:
+        raise unwritten(shelf, step, {0: words}) from error
+
+
+def unwritten(shelf: Shelf, step: int, failed: Mapping[int, str]) -> CheckpointError:
+    """What is said when a checkpoint cannot be written.
+
+    Args:
+        shelf: Where it belongs.
+        step: Its step.
+        failed: The ranks that failed, each with what happened.
+
+    Returns:
+        The error.
+    """
+    first, *others = sorted(failed)
+    return CheckpointError(
+        f"rank {first} could not write the checkpoint of step {step}; older ones are untouched",
+        got=failed[first] + (f" (and so it went on rank(s) {others})" if others else ""),
+        do=f"see to {shelf.folder}, then start again to go on from the newest checkpoint",
+    )
+
+
+def describe(error: Exception | None) -> str | None:
+    """An error in one line; None for none."""
+    return None if error is None else f"{type(error).__name__}: {error}"

@@ -1,0 +1,78 @@
+"""What the ranks of `test_elastic.py` do: train, say what the model has become, or die while they load."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import Config
+from pipeline.errors import LongMemError
+from pipeline.model.longmem import LongMem
+from tests.tiny_run import VOCABULARY
+
+SEGMENT = 16
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run says when it ends.
+
+    Attributes:
+        weights: The SideNet's, as it computes with them.
+        logits: Of a segment that remembers the one before it.
+        refusal: The error that ended it before it began, or None.
+    """
+
+    weights: dict[str, Tensor]
+    logits: Tensor
+    refusal: str | None = None
+
+
+def train_all(configs: list[Config]) -> list[Trained]:
+    """Trains with one configuration after another."""
+    from pipeline.training.build import build_run
+    from pipeline.training.loop import train
+
+    found = []
+    for config in configs:
+        try:
+            run = build_run(config)
+        except LongMemError as error:
+            found.append(Trained({}, torch.zeros(0), str(error)))
+            continue
+        train(run)
+        weights = {name: weight.detach().clone() for name, weight in run.model.sidenet.named_parameters()}
+        found.append(Trained(weights, logits_of(run.model)))
+    return found
+
+
+def logits_of(model: LongMem) -> Tensor:
+    """Logits of a segment that remembers the one before it, `[1, T, V]`; the same on every rank."""
+    tokens = torch.randint(VOCABULARY, (1, 2 * SEGMENT), generator=torch.Generator().manual_seed(1))
+    documents, bank = torch.zeros(1, SEGMENT, dtype=torch.int64), model.bank(1)
+    first, second = (model.encode(part, documents) for part in tokens.split(SEGMENT, dim=1))
+    model.append(bank, first, start=0, documents=documents)
+    with torch.no_grad():
+        return model.logits(model.hidden(second, model.reader(bank, start=SEGMENT, documents=documents)))
+
+
+def die_while_converting(config: Config) -> None:
+    """Rank 0 is killed when the checkpoint of other ranks is converted and nobody has loaded it."""
+    from pipeline.training import universal
+    from pipeline.training.build import build_run
+    from pipeline.training.loop import train
+
+    convert = universal._convert
+
+    def convert_and_die(source: Path, target: Path) -> Any:
+        convert(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    universal._convert = convert_and_die
+    train(build_run(config))

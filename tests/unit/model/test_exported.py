@@ -1,0 +1,138 @@
+"""Exports: whole or absent, of checkpoints that are whole, and a model again beside the right backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.export import main
+from pipeline.backbone.backbone import identity
+from pipeline.checkpoint.export import export
+from pipeline.checkpoint.folder import Checkpoints
+from pipeline.config.load import dump_config
+from pipeline.errors import CheckpointError
+from pipeline.model.exported import load_exported
+from tests.tiny_longmem import TinyLongMem, tiny_tokens
+from tests.tiny_models import tiny_model
+
+FILES = ["config.yaml", "export.json", "model.safetensors"]
+
+
+class Weights:
+    """The owner of a SideNet's weights, without an engine."""
+
+    name = "sidenet"
+
+    def __init__(self, tiny: TinyLongMem) -> None:
+        self.tiny = tiny
+
+    def save(self, folder: Path) -> None:
+        weights = {name: weight.detach().clone() for name, weight in self.tiny.longmem.sidenet.named_parameters()}
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.yaml").write_text(dump_config(self.tiny.config))
+
+
+@pytest.fixture
+def tiny() -> TinyLongMem:
+    """A trained LongMem: its weights are not those of its backbone."""
+    sidenet = {"layout": "top", "memory_layers": [2], "fusion": "joint"}
+    tiny, generator = TinyLongMem(tiny_model("llama"), lanes=2, sidenet=sidenet), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in tiny.longmem.sidenet.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    return tiny
+
+
+@pytest.fixture
+def run(tiny: TinyLongMem, tmp_path: Path) -> Path:
+    """A run folder with two checkpoints of it."""
+    found = {"backbone": identity(tiny_model("llama")), "precision": "fp32"}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, group_size=1, identity=found)
+    for step in (4, 7):
+        checkpoints.save(step, [Weights(tiny)])  # type: ignore[list-item]
+        checkpoints.publish_if_written(wait=True)
+    return tmp_path / "run"
+
+
+def test_the_newest_checkpoint_of_a_run_or_the_one_that_is_named(run, tmp_path, capsys):
+    assert export(run, tmp_path / "newest").name == "step_00000007"
+    main([str(run / "checkpoints" / "step_00000004"), "--output", str(tmp_path / "deep" / "older")])
+    assert capsys.readouterr().out == f"{run}/checkpoints/step_00000004 -> {tmp_path}/deep/older\n"
+    for folder, step in ((tmp_path / "newest", 7), (tmp_path / "deep" / "older", 4)):
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        assert json.loads((folder / "export.json").read_text())["step"] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "newest", "run"]
+
+
+def test_an_exported_model_is_the_trained_one(tiny, run, tmp_path):
+    export(run, tmp_path / "out")
+    loaded, tokens, documents = load_exported(tmp_path / "out", tiny_model("llama")), tiny_tokens((2, 16)), None
+    documents = torch.zeros_like(tokens)
+    with torch.no_grad():
+        logits = loaded.logits(loaded.hidden(loaded.encode(tokens, documents), None))
+    assert torch.equal(logits, tiny.logits(tokens, memory=False))
+    assert loaded.config == tiny.config
+    untrained = TinyLongMem(tiny_model("llama"), lanes=2, sidenet=tiny.config.sidenet.model_dump())
+    assert not torch.allclose(logits, untrained.logits(tokens, memory=False), atol=0.01)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_nothing_is_overwritten(run, tmp_path, make):
+    make(tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match="output exists already; nothing was written; got: .*/out; do: name a new"
+    ):
+        export(run, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_written(run, tmp_path):
+    weights = run / "checkpoints" / "step_00000007" / "sidenet" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match="step_00000007 is corrupt; got: sidenet/model.safetensors has another hash"
+    ):
+        export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match="no checkpoint to export; got: .*; expected: a folder step_.*do: name one"
+    ):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_weights_of_another_backbone_are_refused(run, tmp_path):
+    export(run, tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match="trained beside another backbone; got: [0-9a-f]{64}; expected: .*do: load"
+    ):
+        load_exported(tmp_path / "out", tiny_model("gpt2"))
+
+
+def test_a_folder_that_is_no_export_is_refused(run, tmp_path):
+    with pytest.raises(
+        CheckpointError, match="is no export; got: .*FileNotFoundError.*expected: model.safetensors, .*do"
+    ):
+        load_exported(run, tiny_model("llama"))
+    export(run, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="is no export; got: .*SafetensorError"):
+        load_exported(tmp_path / "out", tiny_model("llama"))
+
+
+def test_weights_that_do_not_fit_their_settings_are_refused(run, tmp_path):
+    export(run, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    fewer = load_file(weights)
+    del fewer["norm.weight"]
+    save_file(fewer, weights)
+    with pytest.raises(CheckpointError, match="do not fit its config.yaml; got: norm.weight and 0 others; do: export"):
+        load_exported(tmp_path / "out", tiny_model("llama"))

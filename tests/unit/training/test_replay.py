@@ -1,0 +1,66 @@
+"""Memory read again is the memory that was not stored: bit for bit what can be seen, in the same slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.lanes import Lanes
+from pipeline.training.replay import replay
+from tests.shards import assert_same, visible
+from tests.tiny_longmem import TinyLongMem
+from tests.tiny_models import tiny_model
+
+SEGMENT = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank of a memory group; replaying exchanges nothing."""
+
+    rank: int
+    size: int
+
+
+class Text:
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        self.lengths = generator.integers(9, 40, size=8).astype(np.int64)
+        self._documents = [generator.integers(90, size=length) for length in self.lengths]
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._documents[document][start:stop]
+
+
+def read(tiny: TinyLongMem, lanes: Lanes, place: Place, *, num_segments: int):
+    """A bank filled step after step, as training does."""
+    bank = tiny.longmem.bank(2, group_size=place.size)
+    for _ in range(num_segments // place.size):
+        segment = lanes.next_of_group(place.rank, place.size)
+        tokens, documents = torch.from_numpy(segment.tokens), torch.from_numpy(segment.documents)
+        encoding = tiny.longmem.encode(tokens, documents)
+        tiny.longmem.append(bank, encoding, start=segment.start, documents=documents)
+    return bank
+
+
+@pytest.mark.parametrize("num_segments", [4, 12, 20])  # two epochs
+@pytest.mark.parametrize("place", [Place(0, 1), Place(0, 2), Place(1, 2), Place(3, 4)])
+@pytest.mark.parametrize("scope", ["lane", "document"])
+def test_what_can_be_seen_is_the_same(num_segments, place, scope):
+    num_tokens = 44  # no whole number of segments
+    memory = {"tokens": num_tokens, "chunk_size": 4, "top_k_tokens": 8, "scope": scope}
+    sidenet = {"layout": "top", "memory_layers": "all"}
+    train = {"segment_tokens": SEGMENT}
+    tiny = TinyLongMem(tiny_model("llama"), lanes=2, memory=memory, train=train, sidenet=sidenet)
+    lanes = Lanes(Text(), num_lanes=4, lanes=(1, 3), segment_tokens=SEGMENT, seed=0)
+    bank = read(tiny, lanes, place, num_segments=num_segments)
+    state, again = lanes.state_dict(), tiny.longmem.bank(2, group_size=place.size)
+    again.next_slot = 3
+    replay(tiny.longmem, lanes, again, place)
+    assert lanes.state_dict() == state
+    sight = {"end": num_segments * SEGMENT, "num_tokens": num_tokens}
+    assert len(visible(bank, **sight)["slots"]) > 0
+    assert_same(visible(again, **sight), visible(bank, **sight))
