@@ -61,6 +61,7 @@ class Signals:
         self._asked_at = 0.0
         self._in_steps = self._is_over = False
         self._before_end: list[Callable[[str], None]] = []
+        self._ends_anyway: Callable[[], bool] = lambda: False
         self._launchers = launchers()
         self._old: Mapping[int, Any] = {}
         self._closed = threading.Event()
@@ -94,6 +95,14 @@ class Signals:
             tell: Given the reason; may take some seconds at most.
         """
         self._before_end.append(tell)
+
+    def unless(self, ends_anyway: Callable[[], bool]) -> None:
+        """Lets a process that has failed say why. A launcher that sees one rank end sends signals to the others.
+
+        Args:
+            ends_anyway: Whether the process is about to end by itself, and certainly will.
+        """
+        self._ends_anyway = ends_anyway
 
     def __enter__(self) -> Signals:
         self._reading, self._writing = socket.socketpair()
@@ -131,7 +140,7 @@ class Signals:
             self._on(LAUNCHER_ENDED)
 
     def _on(self, name: str) -> None:
-        if self._is_over:
+        if self._is_over or self._ends_anyway():
             return
         if not self._in_steps:
             self._end(f"{name} before the first step")

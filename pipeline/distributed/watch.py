@@ -60,7 +60,7 @@ class TimeLimits:
             The limits.
         """
         grace = min(10.0, timeout_s / 4)
-        return cls(timeout_s - 2 * grace, timeout_s / 2, grace, min(1.0, timeout_s / 40))
+        return cls(timeout_s - 2 * grace, timeout_s / 2, grace, min(0.5, timeout_s / 40))
 
 
 class Watch:
@@ -100,6 +100,11 @@ class Watch:
             barrier()  # from here on every rank has given its signs
             for work, arguments in ((self._look, (asking,)), (self._guard, ())):
                 threading.Thread(target=work, args=arguments, daemon=True).start()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether something went wrong, so that this process is ended in time, by itself or by this watch."""
+        return bool(self._reports) and not self._stopped.is_set()
 
     def at(self, place: str) -> None:
         """Leaves a sign.
@@ -228,9 +233,10 @@ class Watch:
             self._store_is_lost = True
 
     def _report_silent(self, signs: Signs, quiet: _Quiet) -> None:
-        """Rank 0 watches over all the others, and they over rank 0."""
-        for number in quiet.longer_than(self.limits.silent_s, signs.beats(quiet.ranks), self.limits.poll_s):
-            words = f"no sign of life for {self.limits.silent_s:g} s"
+        """Rank 0 watches over all the others, and they over rank 0; sharply once something went wrong."""
+        limit_s = 5 * self.limits.poll_s if self._reports else self.limits.silent_s
+        for number in quiet.longer_than(limit_s, signs.beats(quiet.ranks), self.limits.poll_s):
+            words = f"no sign of life for {limit_s:g} s"
             signs.report(Report(number, "silent", signs.places([number])[number], words))
 
     def _report_stuck(self, signs: Signs) -> None:

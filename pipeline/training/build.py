@@ -128,8 +128,8 @@ def build_run(config: Config, *, signals: Signals | None = None) -> Run:
 def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -> Run:
     job.watch.at("checking")
     check_agreement("the configuration", config.model_dump(mode="json"))
-    split = check_world(config, world_size())
-    check_precision(config)
+    split = together(lambda: check_world(config, world_size()))
+    together(lambda: check_precision(config))
     stores = together(lambda: check_inputs(config))
     folder = job.folder
     on_rank_zero(lambda: check_folder(folder, config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.training.run_folder import claim, is_claimed
 from pipeline.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
+_LAST_WORDS_S = 20.0  # twice the longest grace of a watch
 _ILL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
@@ -37,8 +39,10 @@ class Job:
         self.status = StatusFile(self.folder, steps=config.train.steps)
         self._lock = RunLock(self.folder)
         self.watch = Watch(config.run.collective_timeout_s, on_end=self._on_end)
+        self._failed_at: float | None = None
         if signals is not None:
             signals.before_end(self._on_signal)
+            signals.unless(self._is_ending)
 
     def begin(self, step: int) -> None:
         """The run folder may be used. A run that goes on holds it from now; a new one first by `claim`.
@@ -108,6 +112,7 @@ class Job:
         try:
             yield
         except Exception as error:
+            self._failed_at = time.monotonic()
             known = _in_words(error)
             explained = self.watch.explained(known)
             # A run that is refused before it began leaves no folder behind.
@@ -119,6 +124,11 @@ class Job:
             if explained is error:
                 raise
             raise explained from error
+
+    def _is_ending(self) -> bool:
+        """Whether a failure is about to end this process; one that does not come to its end is no reason to wait."""
+        has_time = self._failed_at is not None and time.monotonic() - self._failed_at < _LAST_WORDS_S
+        return has_time or self.watch.is_ending
 
     def _on_end(self, state: Literal["failed", "preempted"], reason: str, lost: Collection[int]) -> None:
         """This process is ended while its training is stuck."""

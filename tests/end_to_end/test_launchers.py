@@ -29,10 +29,10 @@ def to_one_rank(job: Running) -> None:
     job.rank(1).terminate()
 
 
-PARTS: list[tuple[Callable[[Running], None], str, int | None]] = [  # how, the reason, the launcher's exit code
-    (to_all, "SIGINT", None),  # -2: it has no handler
-    (to_launcher, "the launcher ended", -signal.SIGTERM),
-    (to_one_rank, "SIGTERM", 75),
+PARTS: list[tuple[Callable[[Running], None], set[str], int | None]] = [  # how, the reason, the launcher's exit code
+    (to_all, {"SIGINT", "SIGTERM"}, None),  # whichever comes first; DeepSpeed's two launchers end each in its way
+    (to_launcher, {"the launcher ended"}, -signal.SIGTERM),
+    (to_one_rank, {"SIGTERM"}, 75),
 ]
 
 
@@ -41,7 +41,7 @@ def test_a_run_is_saved_whoever_gets_the_signal(
 ) -> None:
     run = tmp_path / "run"
     config = tiny_run.write_config(tmp_path / "run.yaml", run, train={"steps": 5000}, checkpoint={"every_steps": 0})
-    for ask, reason, code in PARTS:
+    for ask, reasons, code in PARTS:
         with running(config, run) as job:
             job.wait_for_steps(2)
             ranks = [job.rank(0), job.rank(1)]
@@ -51,7 +51,7 @@ def test_a_run_is_saved_whoever_gets_the_signal(
             ended = job.process.wait(ENDING_S)
             job.wait_for(lambda ranks=ranks: all(map(has_ended, ranks)), ENDING_S)  # type: ignore[misc]
         assert ended == code or (code is None and ended != 0)
-        assert (job.status["state"], job.status["reason"]) == ("preempted", reason), job.log.read_text()[-4000:]
+        assert job.status["state"] == "preempted" and job.status["reason"] in reasons, job.log.read_text()[-4000:]
         assert job.status["step"] == job.steps > job.begins_after
         assert (run / "checkpoints" / "latest").read_text() == f"step_{job.steps:08d}"
     show_status([str(tmp_path)])

@@ -99,6 +99,16 @@ def test_when_all_is_done_signals_are_ignored(left):
         assert left.wait(0.3) is None and signals.asked is None
 
 
+def test_a_process_that_is_about_to_end_says_why_first(left):
+    with Signals(leave=left) as signals:
+        signals.unless(lambda: True)
+        send(signal.SIGTERM)
+        assert left.wait(0.3) is None
+        signals.unless(lambda: False)
+        send(signal.SIGTERM)
+        assert left.wait(5) == [EXIT_PREEMPTED]
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with Signals():
