@@ -1,10 +1,10 @@
 """What a checkpoint costs with 65,536 tokens remembered: bytes, seconds, stall of the training, seconds to resume.
 
-`checkpoint.memory` `save` and `replay` take turns in one run, with both DeepSpeed engines. The memory is filled by
-reading the lanes with the backbone, as a restart with `replay` does. For each owner of state: bytes; seconds that the
-training waits for `save`; seconds of writing beside the training; seconds of `load`. Then the whole: the wait of the
-save, how much longer the steps beside the writing take than others, and when the checkpoint is there. Files are read
-back from the page cache.
+`checkpoint.memory` `save` and `replay` take turns in one run, with both DeepSpeed engines. The memory is filled with
+random numbers; what a restart with `replay` reads, it reads from real lanes. For each owner of state: bytes; seconds
+that the training waits for `save`; seconds of writing beside the training; seconds of `load`. Then the whole: the wait
+of the save, how much longer the steps beside the writing take than others, and when the checkpoint is there. Files are
+read back from the page cache.
 
     python bench/checkpoint.py [--profile paper|deep] [--backbone DIR] [--data DIR] [--tokens 65536] [--rounds 5]
     deepspeed --num_gpus 2 bench/checkpoint.py --group-size 2
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from pipeline.checkpoint.folder import SavedWorld, StateOwner
 from pipeline.checkpoint.owners import MemoryOwner
@@ -125,9 +127,19 @@ class Measured:
         memory = run.owners[-1]
         assert isinstance(memory, MemoryOwner)
         self.memory = memory
-        train = run.config.train
-        run.trainer.lanes.skip(-(-run.config.memory.tokens // (train.segment_tokens * train.segments_per_step)))
-        memory.replay()
+        self._fill()
+
+    def _fill(self) -> None:
+        """As if all that can be remembered had been read."""
+        bank, trainer, tokens = self.run.bank, self.run.trainer, self.run.config.train.segment_tokens
+        assert bank is not None
+        shape, group = bank.shape, trainer.exchange
+        documents = torch.zeros(shape.num_lanes, tokens, dtype=torch.int64)
+        for number in range(-(-self.run.config.memory.tokens // (tokens * group.size))):
+            pair = torch.randn(2, shape.num_lanes, shape.num_kv_heads, tokens, shape.head_dim)
+            start = (number * group.size + group.rank) * tokens
+            bank.append([(pair[0], pair[1])] * shape.num_layers, start=start, documents=documents)
+            trainer.lanes.skip(group.size)
 
     def step(self) -> float:
         """Seconds of one step of all ranks."""
@@ -163,7 +175,7 @@ class Measured:
 
 def show(setting: str, costs: list[Cost], usual: float) -> None:
     """Prints the medians."""
-    print(f"\ncheckpoint.memory {setting}: medians of {len(costs)}; a usual step takes {usual:.2f} s")
+    print(f"\ncheckpoint.memory {setting}, rounds: {len(costs)} (medians); a usual step takes {usual:.2f} s")
     print(f"{'owner':>9} {'MiB':>9} {'stall s':>9} {'beside s':>9} {'load s':>9}")
     for name in costs[0].owners:
         cells = [statistics.median(cost.owners[name][column] for cost in costs) for column in range(4)]

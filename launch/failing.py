@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from pipeline.distributed.launchers import local_rank
 from pipeline.errors import EXIT_FAILED, LongMemError
 
 
@@ -24,7 +25,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except LongMemError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or f"rank {_rank()}" in str(error):
+        if local_rank(os.environ) == 0 or f"rank {_rank()}" in str(error):
             _say(f"\nerror: {error}")
         leave(EXIT_FAILED)
     except Exception:

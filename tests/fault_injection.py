@@ -29,8 +29,17 @@ from pipeline.metrics.record import read_metrics
 
 WORLD_SIZE = 2
 LIMIT_S = 60.0  # of one life; a job that needs longer hangs
+FINISH_S = 1800.0  # of the last one, which nobody ends
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
-_PRELOADED = ["deepspeed", "transformers", "datasets", "pipeline.training.loop", "torch.utils.tensorboard"]
+# What a training imports; also what DeepSpeed and transformers import only when an engine starts.
+_PRELOADED = [
+    "datasets",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pipeline.training.loop",
+    "torch.utils.tensorboard",
+    "transformers.integrations",
+    "transformers.models.llama.modeling_llama",
+]
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
 _MODES = ("operation", "operation", "saving", "moment")
 
@@ -43,7 +52,8 @@ class Kill:
         mode: `operation`, `saving` or `moment`.
         victim: The rank.
         operation: Number of its file operation below `checkpoints/` at which it dies, for mode `operation`.
-        steps: Steps that are recorded before it, for mode `moment`; -1: it is killed while it starts.
+        steps: Steps that are recorded before it, for the other modes; -1: it is killed while it starts, or in the first
+            save.
         delay_s: Seconds from those steps, or from the start, or, for mode `saving`, from when a checkpoint has begun to
             be written.
         survivor_s: How long the other rank lives on.
@@ -91,8 +101,8 @@ class Life:
 
     @property
     def lost(self) -> int:
-        """Steps that have to be done again."""
-        return max(0, self.done - self.whole)
+        """Steps of this life that have to be done again."""
+        return 0 if self.resumed is None else max(0, self.done - self.whole)
 
 
 class Job:
@@ -116,7 +126,7 @@ class Job:
             AssertionError: It failed, or did not end in time.
         """
         ranks = self._start(None)
-        _wait(ranks)
+        _wait(ranks, FINISH_S)
         codes = [process.exitcode for process in ranks]
         _end(ranks)
         assert codes == [0] * WORLD_SIZE, f"exit codes {codes}\n{self._said()}"
@@ -144,7 +154,7 @@ class Job:
                 os.kill(victim.pid or 0, signal.SIGKILL)
                 victim.join(LIMIT_S)
             if victim.exitcode == 0:
-                _wait(ranks)
+                _wait(ranks, LIMIT_S)
                 return None
             assert victim.exitcode == -signal.SIGKILL, f"exit code {victim.exitcode}\n{self._said()}"
             time.sleep(kill.survivor_s)
@@ -171,7 +181,8 @@ class Job:
         ranks: list[BaseProcess] = []
         for rank in range(WORLD_SIZE):
             at = kill.operation if kill is not None and kill.mode == "operation" and kill.victim == rank else None
-            arguments = (rank, port, self.config, str(self.notes), at)
+            limit_s = FINISH_S if kill is None else LIMIT_S
+            arguments = (rank, port, self.config, str(self.notes), at, limit_s)
             ranks.append(self._context.Process(target=_train, args=arguments))
             ranks[-1].start()
         return ranks
@@ -192,12 +203,12 @@ class Job:
 
     def _has_come(self, kill: Kill, before: set[tuple[str, int]]) -> bool:
         """Whether that has happened from which the moment of the kill is counted."""
-        if kill.mode == "saving":
-            return bool(self._unfinished() - before)
-        if kill.steps < 0:
+        if kill.mode == "moment" and kill.steps < 0:
             return True
         resumed = self._resumed()
-        return resumed is not None and self._recorded() >= resumed + kill.steps
+        if resumed is None or self._recorded() < resumed + kill.steps:
+            return False
+        return kill.mode == "moment" or bool(self._unfinished() - before)
 
     def _place(self, steps: list[int], before: set[tuple[str, int]]) -> str:
         if self._resumed() is None:
@@ -229,7 +240,7 @@ class Job:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.notes.glob("log_*")))
 
 
-def _train(rank: int, port: int, config: Config, notes: str, operation: int | None) -> None:
+def _train(rank: int, port: int, config: Config, notes: str, operation: int | None, limit_s: float) -> None:
     """One rank, as a launcher starts it."""
     os.environ |= {
         "RANK": str(rank),
@@ -243,7 +254,7 @@ def _train(rank: int, port: int, config: Config, notes: str, operation: int | No
     log = os.open(Path(notes, f"log_{rank}"), os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(LIMIT_S * 0.8)  # says where it hangs
+    faulthandler.dump_traceback_later(0.8 * limit_s)  # says where it hangs
     import torch
 
     from pipeline.training.build import build_run
@@ -315,8 +326,8 @@ def exact_record(run: Path) -> list[tuple[Any, ...]]:
     return [tuple(record[key] for key in EXACT) for record in read_metrics(run)]
 
 
-def _wait(ranks: list[BaseProcess]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+def _wait(ranks: list[BaseProcess], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))
 

@@ -148,8 +148,8 @@ class Checkpoints:
                 return
             waited_s += _POLL_S
             if waited_s > self.timeout_s:
-                busy = dict.fromkeys(writing.busy, f"still writing after {waited_s:.0f} s of waiting for it")
-                raise unwritten(self._shelf, writing.step, busy)
+                words = f"still not written, or not seen by every rank, after {waited_s:.0f} s of waiting for it"
+                raise unwritten(self._shelf, writing.step, dict.fromkeys(writing.busy or range(world_size()), words))
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole as far as can be seen without reading its files.

@@ -136,9 +136,12 @@ def damaged(checkpoint: Path, files: Mapping[str, Any], names: Sequence[str]) ->
     """
     problems = []
     for name in names:
-        wrong = _wrong_size(checkpoint, name, files[name])
-        if wrong is None and digest(checkpoint / name)["sha256"] != files[name]["sha256"]:
-            wrong = f"{name} has another hash"
+        try:
+            wrong = _wrong_size(checkpoint, name, files[name])
+            if wrong is None and digest(checkpoint / name)["sha256"] != files[name]["sha256"]:
+                wrong = f"{name} has another hash"
+        except OSError as error:  # a bad sector: damage like any other
+            wrong = f"{name} cannot be read ({error.strerror})"
         if wrong is not None:
             problems.append(wrong)
     return problems

@@ -97,13 +97,21 @@ class LanesOwner:
     def __init__(self, lanes: HoldsJson) -> None:
         self.lanes = lanes
 
-    def save(self, folder: Path) -> None:
-        """Writes the state of the lanes.
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Takes the state of the lanes.
 
         Args:
             folder: The owner's folder.
+
+        Returns:
+            Writes it.
         """
-        rank_file(folder, rank(), "json").write_text(json.dumps(self.lanes.state_dict()))
+        text, path = json.dumps(self.lanes.state_dict()), rank_file(folder, rank(), "json")
+
+        def write() -> None:
+            path.write_text(text)
+
+        return write
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the lanes back, whichever groups had them.
@@ -127,20 +135,27 @@ class RandomOwner:
 
     name = "random"
 
-    def save(self, folder: Path) -> None:
-        """Writes the generators' states.
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Takes the generators' states.
 
         Args:
             folder: The owner's folder.
+
+        Returns:
+            Writes them.
         """
         tensors = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
-        save_file(tensors, rank_file(folder, rank()))
         version, internal, gauss = random.getstate()
         kind, keys, *rest = np.random.get_state()
         state = {"python": [version, list(internal), gauss], "numpy": [kind, np.asarray(keys).tolist(), *rest]}
-        rank_file(folder, rank(), "json").write_text(json.dumps(state))
+
+        def write() -> None:
+            save_file(tensors, rank_file(folder, rank()))
+            rank_file(folder, rank(), "json").write_text(json.dumps(state))
+
+        return write
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the generators back.

@@ -20,7 +20,7 @@ from pipeline.checkpoint.export import SETTINGS, WEIGHTS
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
-from pipeline.distributed.ranks import rank, world_size
+from pipeline.distributed.ranks import barrier, rank, world_size
 from pipeline.errors import CheckpointError
 from pipeline.training.universal import load_universal, plainly_named
 
@@ -41,7 +41,7 @@ class EngineOwner:
     def __init__(self, engine: Any, config: Config, *, scratch: Path) -> None:
         self.engine, self.config, self.scratch = engine, config, scratch
 
-    def save(self, folder: Path) -> Callable[[], None] | None:
+    def save(self, folder: Path) -> Callable[[], None]:
         """Writes weights and this rank's optimizer shard for DeepSpeed, and the weights once more for everyone else.
 
         Collective: every rank must call it.
@@ -50,21 +50,33 @@ class EngineOwner:
             folder: The owner's folder.
 
         Returns:
-            On rank 0: writes `model.safetensors` (fp32) and `config.yaml`, all that an export needs.
+            On rank 0: writes `model.safetensors` (fp32) and `config.yaml`, all that an export needs. On every rank:
+            fails if DeepSpeed could not write.
         """
+        failure = self._save_for_deepspeed(folder)
+        weights = full_weights(self.engine.module)
+
+        def write() -> None:
+            if failure is not None:
+                raise failure
+            if rank() == 0:
+                save_file(weights, folder / WEIGHTS)
+                (folder / SETTINGS).write_text(dump_config(self.config), encoding="utf-8")
+
+        return write
+
+    def _save_for_deepspeed(self, folder: Path) -> Exception | None:
         # Without this entry DeepSpeed cannot turn the checkpoint into a universal one for another number of ranks.
         universal = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         client_state = {UNIVERSAL_CHECKPOINT_INFO: universal}
-        self.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state, save_latest=False)
-        weights = full_weights(self.engine.module)
-        if rank() != 0:
-            return None
-
-        def write() -> None:
-            save_file(weights, folder / WEIGHTS)
-            (folder / SETTINGS).write_text(dump_config(self.config), encoding="utf-8")
-
-        return write
+        try:
+            self.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            # DeepSpeed 0.19 ends with a barrier, in which the ranks wait that could write. With it all are in step
+            # again, and can be told.
+            barrier()
+            return error
+        return None
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Reads weights and this rank's optimizer shard back; those of another number of ranks are split anew.

@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pipeline.backbone.backbone import Backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
+from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
 from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import DTYPES
@@ -32,7 +33,6 @@ from pipeline.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
 _JOINING = datetime.timedelta(minutes=5)
-_MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def start_distributed(*, timeout_s: float) -> torch.device:
@@ -45,7 +45,8 @@ def start_distributed(*, timeout_s: float) -> torch.device:
     Returns:
         This rank's device.
     """
-    if "RANK" not in os.environ and not any(mark in os.environ for mark in _MPI_MARKS):
+    os.environ.update(slurm_ranks(os.environ))
+    if "RANK" not in os.environ and not is_started_by_mpi(os.environ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

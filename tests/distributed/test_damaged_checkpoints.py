@@ -19,6 +19,7 @@ STEPS = 4  # a checkpoint every two
 NEWEST = Path("checkpoints") / f"step_{STEPS:08d}"
 KINDS = {
     "weights": "sidenet/engine/mp_rank_00_model_states.pt",
+    "exported weights": "sidenet/model.safetensors",
     "optimizer": "sidenet/engine/*rank_1_mp_rank_00_optim_states.pt",
     "memory": "memory/rank_00001.safetensors",
     "lanes": "lanes/rank_00001.json",

@@ -24,6 +24,7 @@ from tests.distributed.elastic_runs import Trained, die_while_converting, logits
 from tests.ranks import RanksFailedError, run_ranks
 from tests.tiny_run import TinyRun
 
+pytestmark = pytest.mark.timeout(600)  # one fixture trains everything: two minutes of one core's work
 TOLERANCE = 1e-5  # float32, nats; sums over ranks and shards are taken in another order
 LOGITS_TOLERANCE = 1e-4  # float32 logits of order 10, from weights that are whole instead of partitioned
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
@@ -50,9 +51,9 @@ class Case:
 
 CASES: Mapping[str, Case] = {
     "paper_save": Case("paper", (1, 2, 2, 1, 2), (SAVE,) * 5),
-    "deep_replay": Case("deep", (1, 2, 4, 2, 1), (REPLAY,) * 5),
-    "document_both": Case("deep", (1, 1, 4, 1, 2), (REPLAY, SAVE, SAVE, REPLAY, SAVE), scope="document"),
-    "group": Case("deep", (1, 2, 4, 2, 2), (SAVE,) * 5, scope="group"),  # always one group
+    "document_replay": Case("deep", (1, 2, 4, 2, 1), (REPLAY,) * 5, scope="document"),
+    # Always one group: another number would share banks otherwise.
+    "group_both": Case("deep", (1, 2, 4, 2, 2), (REPLAY, SAVE, SAVE, REPLAY, SAVE), scope="group"),
 }
 
 
@@ -111,7 +112,8 @@ def runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     moved_on = moved_on.model_copy(update={"run": moved_on.run.model_copy(update={"resume": str(first)})})
     with pytest.raises(RanksFailedError, match="rank 0 died without a word, exit code -9"):
         run_ranks(die_while_converting, 2, moved_on, init_process_group=False)
-    assert [path.name for path in (runs.folder / "killed").iterdir()] == [".universal"]
+    left = {path.name for path in (runs.folder / "killed").iterdir()}
+    assert ".universal" in left and "config.yaml" not in left
     stopping = Case("paper", (2,) * 5, (REPLAY,) * 5)
     two = {
         "killed": moved_on,
@@ -122,7 +124,7 @@ def runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     runs.train(1, two)
     runs.train(2)
-    runs.train(3, {"group_refused": runs.config("group", CASES["group"], 4, group_size=1)})
+    runs.train(3, {"group_refused": runs.config("group_both", CASES["group_both"], 4, group_size=1)})
     runs.train(4)
     return runs
 
@@ -163,7 +165,7 @@ def test_another_number_of_groups_is_refused_where_their_lanes_share_a_bank(runs
 
 
 @pytest.mark.parametrize("leg", [0, 1, 2])
-@pytest.mark.parametrize("name", ["paper_save", "deep_replay"])
+@pytest.mark.parametrize("name", ["paper_save", "document_replay"])
 def test_exported_weights_are_those_that_were_trained(runs: Runs, name: str, leg: int) -> None:
     weights, logits = runs.weights_and_logits(name, leg, dtype=torch.float32)
     trained = runs.trained[name, leg]

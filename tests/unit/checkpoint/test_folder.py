@@ -220,7 +220,9 @@ def test_writing_that_never_ends_ends_the_run(tmp_path):
     found = checkpoints(tmp_path)
     found.timeout_s = 0.5
     found.save(2, [Slow("slow")])
-    with pytest.raises(CheckpointError, match="rank 0 could not write the checkpoint of step 2; .*got: still writing"):
+    with pytest.raises(
+        CheckpointError, match="rank 0 could not write the checkpoint of step 2; .*got: still not written"
+    ):
         found.publish_if_written(wait=True)
 
 
@@ -315,6 +317,22 @@ def test_without_any_whole_one_a_run_does_not_start_anew(tmp_path):
         CheckpointError, match="no whole .*got: .*latest names 'step_00000007', which is not there; do: "
     ):
         found.newest()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read: Linux has one")
+def test_a_file_that_cannot_be_read_is_damage(tmp_path):
+    found, one = checkpoints(tmp_path), Counter("one", 0)
+    save(found, 5, [one])
+    path = save(found, 7, [one])
+    (path / "one" / "deeper" / "value").unlink()
+    (path / "one" / "deeper" / "value").symlink_to("/proc/self/mem")  # its first page is not there: EIO
+    text = json.loads((path / "manifest.json").read_text())
+    del text["manifest_sha256"]
+    text["files"]["one/deeper/value"]["size"] = 0
+    (path / "manifest.json").write_text(manifest_text(text))
+    with pytest.raises(CheckpointError, match="is corrupt; got: one/deeper/value cannot be read .Input/output error"):
+        found.load(path, [one])
+    assert found.load(path, [one], or_older=True) == 5
 
 
 @pytest.mark.parametrize("content", [b"step_00000009", b"step_000", b"", b"\xff\x00"])
