@@ -52,7 +52,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _row(run: Path) -> tuple[str, ...]:
-    status = read_status(run)
+    try:
+        status = read_status(run)
+    except DataError as error:
+        return (str(run), "unknown", "", "", "", "", " ".join(str(error).split()))
     if status is None:
         return (str(run), "unknown", "", "", "", "", f"no {STATUS_NAME}")
     steps = f"{status.step}/{status.steps}"

@@ -20,6 +20,8 @@ cd "$SLURM_SUBMIT_DIR" || exit 1
 train() {
   local config="$1" run="$2" code
   shift 2
+  # What run.resume names is where a job begins; its later attempts go on from what they have saved since.
+  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -f "$run/checkpoints/latest" ]]; then set -- "$@" --run.resume auto; fi
   start launch/train.py --config "$config" --run.output_dir "$run" "$@"
   code=$?
   go_on "$run" "$code"
@@ -42,7 +44,7 @@ evaluate() {
   [[ -f "$run/status.json" && "$(said "$run" step)" == "$(said "$run" steps)" ]] ||
     fail "$run is not trained to its end (status.json: step $(said "$run" step) of $(said "$run" steps))" \
       "do: evaluate it when launch/status.py says finished"
-  start launch/train.py --config "$run/config.yaml" --run.output_dir "$run" "$@"
+  start launch/train.py --config "$run/config.yaml" --run.output_dir "$run" "$@" --run.resume auto
 }
 
 # Runs a Python program in every task, and returns the highest of their exit codes.
@@ -51,6 +53,7 @@ start() {
   local interrupted=false code tasks
   # A job that SLURM takes back gets SIGTERM, tasks and this shell alike. The tasks save; the shell waits for them.
   trap 'interrupted=true' TERM
+  started="$(date +%s)"
   # One task that ends early must not have the others killed: they save, or say why they fail.
   run_in_container "$@"
   srun --kill-on-bad-exit=0 --wait="$LAST_S" "${command[@]}" &
@@ -95,7 +98,7 @@ go_on() {
   fi
   # A run that fails by itself ends with 1 or 2 on every task: it would fail again. Above 128 a task was killed. srun
   # knows no exit code of tasks on a lost node, which SLURM may give up minutes later (SlurmdTimeout): the others say it.
-  if ((code != UNFINISHED && code <= 128)) && ! grep -qs '"reason": .*died or fell silent' "$run/status.json"; then
+  if ((code != UNFINISHED && code <= 128)) && ! has_lost_a_rank "$run"; then
     note "$run" "$checkpoint" "exit code $code: failed, not requeued"
     exit "$code"
   fi
@@ -105,6 +108,13 @@ go_on() {
   fi
   note "$run" "$checkpoint" "exit code $code: requeued"
   scontrol requeue "$(job)"
+}
+
+# Whether this attempt has said that a rank was lost.
+has_lost_a_rank() {
+  local said_at
+  said_at="$(stat -c %Y "$1/status.json" 2>/dev/null)" && ((said_at >= started)) &&
+    grep -q '"reason": .*died or fell silent' "$1/status.json"
 }
 
 # Whether the job is still this script's own to end or to requeue.

@@ -31,7 +31,7 @@ from pipeline.checkpoint.manifest import (
 )
 from pipeline.checkpoint.shelf import LATEST, Shelf
 from pipeline.checkpoint.writing import Writing, change, describe, unwritten
-from pipeline.distributed.ranks import gather, on_rank_zero, rank, together, world_size
+from pipeline.distributed.ranks import check_agreement, gather, on_rank_zero, rank, together, world_size
 from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -195,6 +195,7 @@ class Checkpoints:
                 if not or_older:
                     raise
                 checkpoint = together(self._older_than(checkpoint, error))
+                check_agreement("the checkpoint to go on from", str(checkpoint))
         saved = SavedWorld(manifest["world_size"], manifest["group_size"])
         for owner in owners:
             owner.load(checkpoint / owner.name, saved)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
 
@@ -52,7 +52,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.pop(_OWN_HASH) != _content_hash(manifest):
+        is_first_format = isinstance(manifest, dict) and manifest.get("format") == 1  # it had no hash of its own
+        if not is_first_format and manifest.pop(_OWN_HASH) != _content_hash(manifest):
             raise ValueError("it has another hash than it says")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(

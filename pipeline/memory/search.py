@@ -65,12 +65,13 @@ def sort_keys(scores: Tensor, order: Tensor) -> Tensor:
     """Packs scores and slot orders into keys.
 
     Args:
-        scores: float32 `[...]`; `-inf`: nothing.
+        scores: float32 `[...]`; `-inf`: nothing, and so is what is not a number: all ranks must count it alike.
         order: int64, broadcastable to it, from 0 to 2^31 - 1.
 
     Returns:
         int64 `[...]`; equal scores are ordered by `order`.
     """
+    scores = scores.nan_to_num(nan=NOTHING, posinf=float("inf"), neginf=NOTHING)
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: the two zeros are equal scores
     return (torch.where(bits < 0, bits ^ _FLIP, bits) << _LOW_BITS) + order
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+PARTIAL = ".partial"
+"""End of the name of a file that is being written; a process that is killed leaves it."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -12,10 +16,18 @@ def write_text(path: Path, text: str) -> None:
     Args:
         path: The file; its folder must exist.
         text: What it is to hold.
+
+    Raises:
+        OSError: It cannot be written; the old text is still there.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

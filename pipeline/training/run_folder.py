@@ -21,7 +21,7 @@ import yaml
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import TrainingError
-from pipeline.metrics.atomic import write_text
+from pipeline.metrics.atomic import PARTIAL, write_text
 from pipeline.metrics.folder import write_versions
 from pipeline.metrics.status import STATUS_NAME
 from pipeline.training.run_lock import LOCK_NAME
@@ -73,7 +73,9 @@ def check_folder(folder: Path, config: Config) -> None:
                 got=str(folder),
                 do="set run.resume to 'auto' to go on with it, or choose another run.output_dir",
             )
-    elif folder.is_dir() and any(found.name not in nothing for found in folder.iterdir()):
+    elif folder.is_dir() and any(
+        found.name not in nothing and not found.name.endswith(PARTIAL) for found in folder.iterdir()
+    ):
         raise TrainingError(
             "the run folder holds something that is not a run; nothing was written",
             got=f"{folder} without config.yaml",

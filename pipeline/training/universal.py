@@ -7,11 +7,10 @@ them, and they go away. The checkpoint itself is only read.
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,8 @@ def plainly_named(*folders: Path) -> Iterator[list[Path]]:
 def _convert(source: Path, target: Path) -> None:
     shutil.rmtree(target.parent, ignore_errors=True)
     target.mkdir(parents=True)
-    output = io.StringIO()
+    # It tells the console every stage. Redirecting the console would silence the whole process, its watch too.
+    vars(ds_to_universal)["print"] = lambda *_, **__: None
     with plainly_named(source, target) as (source_link, target_link):
         arguments = argparse.Namespace(
             input_folder=str(source_link),
@@ -79,8 +79,7 @@ def _convert(source: Path, target: Path) -> None:
             strict=True,
             inject_missing_state=False,
         )
-        with redirect_stdout(output), redirect_stderr(output):
-            ds_to_universal.main(arguments)
+        ds_to_universal.main(arguments)
 
 
 @contextmanager

@@ -78,7 +78,8 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], Mapping[str, Mapping[str, A
 
 def tree(folder: Path) -> dict[str, str]:
     """What a run has written, but for what says how its last job fared."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("status.json", "lock"))
+    job = ("status.json", ".status.json.partial", "lock")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in job)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

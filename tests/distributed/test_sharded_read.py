@@ -48,7 +48,12 @@ def of_rank(rank: int) -> torch.Tensor:
 
 
 def read(
-    num_tokens: int, segments: int, dtype: torch.dtype = torch.float32, marked: bool = False, alike: bool = False
+    num_tokens: int,
+    segments: int,
+    dtype: torch.dtype = torch.float32,
+    marked: bool = False,
+    alike: bool = False,
+    spoiled: bool = False,
 ) -> list[Sharded]:
     """Fills a bank and reads it for the next `segments` segments, with all ranks of the world.
 
@@ -58,6 +63,7 @@ def read(
         dtype: Of the bank.
         marked: Whether values tell which rank holds them.
         alike: Whether all segments have the same keys.
+        spoiled: Whether the first segment's token 3 asks with what is not a number.
     """
     exchange: Exchange = Alone()
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -80,7 +86,10 @@ def read(
     results = []
     for index in range(first + exchange.rank, first + segments, exchange.size):
         append(index)
-        query = random(-index - 1, HEADS).requires_grad_()
+        query = random(-index - 1, HEADS)
+        if spoiled and index == first:
+            query[:, :, 3] = torch.nan
+        query.requires_grad_()
         reader = BankReader(
             bank,
             settings,
@@ -143,6 +152,15 @@ def test_equal_scores_cost_one_more_exchange() -> None:
     sent = [found.traffic["ties"] for (found,) in run_ranks(read, 2, 4096, 2, torch.float32, False, True)]
     tied, rest = divmod(sum(sent), 4 * TOP_K + 4)
     assert rest == 0 and 0 < tied < 2 * HEADS * SEGMENT
+
+
+def test_a_query_that_is_not_a_number_finds_nothing_and_stops_nobody() -> None:
+    whole = [own for (own,) in run_ranks(read, 2, 1024, 2)]
+    spoiled = [own for (own,) in run_ranks(read, 2, 1024, 2, torch.float32, False, False, True)]
+    assert not spoiled[0].values[:, :, 3].any()
+    whole[0].values[:, :, 3] = 0.0
+    for expected, found in zip(whole, spoiled, strict=True):
+        torch.testing.assert_close(found.values, expected.values, atol=TOLERANCE, rtol=0)
 
 
 def test_a_group_of_one_sends_nothing() -> None:

@@ -149,6 +149,7 @@ def test_two_nodes_train_together(unbroken: Job, expected: list[float]) -> None:
 
 def test_a_finished_run_is_evaluated_anew(unbroken: Job, cluster: SlurmCluster, tmp_path: Path) -> None:
     before = json.loads((unbroken.run / "evaluation.json").read_text())
+    trained = losses(unbroken.run), (unbroken.run / "checkpoints" / "latest").stat().st_mtime_ns
     script = edited("evaluate.sbatch", tmp_path / "evaluate.sbatch", RUN=unbroken.run)
     options = (*TWO_NODES, "--cpus-per-task=1", f"--output={tmp_path / 'log'}")
     number = cluster.submit(script, "--evaluation.scored_tokens", "16", options=options, cwd=ROOT)
@@ -156,7 +157,8 @@ def test_a_finished_run_is_evaluated_anew(unbroken: Job, cluster: SlurmCluster, 
     assert job.wait_for_end()["JobState"] == "COMPLETED", job.log.read_text()
     after = json.loads((unbroken.run / "evaluation.json").read_text())
     assert (before["settings"]["scored_tokens"], after["settings"]["scored_tokens"]) == (32, 16)
-    assert losses(unbroken.run) == losses(job.run) and after["step"] == STEPS
+    assert trained == (losses(unbroken.run), (unbroken.run / "checkpoints" / "latest").stat().st_mtime_ns)
+    assert after["step"] == STEPS
 
 
 def test_an_unfinished_run_is_not_evaluated(cluster: SlurmCluster, tmp_path: Path) -> None:

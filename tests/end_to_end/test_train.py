@@ -57,9 +57,11 @@ def yaml_file(tiny_run: TinyRun, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(yaml_file: Path, folder: Path) -> Path:
-    """The folder of a run on two ranks."""
+    """The folder of a run on two ranks, which leave no shared memory behind."""
+    shared = set(Path("/dev/shm").glob("deepspeed_*"))
     done = launch(["--config", str(yaml_file)], ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared
     table = (folder / "run" / "evaluation.txt").read_text()
     assert table in done.stdout and f"--logdir {folder}/run/tensorboard" in done.stdout
     return folder / "run"

@@ -109,6 +109,25 @@ def test_what_comes_after_an_attempt(tmp_path: Path, code: int, reason: str | No
     assert ("scontrol requeue 7" in said) == decision.endswith(": requeued")
 
 
+def test_what_an_earlier_attempt_said_does_not_count(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "status.json").write_text(json.dumps({"state": "failed", "reason": "rank 1 died or fell silent"}, indent=1))
+    said = bash(f"is_ours() {{ true; }}; started=$(($(date +%s) + 60)); go_on {run} 1")
+    assert "exit code 1: failed, not requeued" in said
+
+
+@pytest.mark.parametrize(("restarts", "has_saved"), [(0, True), (1, False), (1, True)])
+def test_only_the_first_attempt_goes_back_to_run_resume(tmp_path: Path, restarts: int, has_saved: bool) -> None:
+    run = tmp_path / "run"
+    if has_saved:
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints" / "latest").write_text("step_00000004")
+    words = f'start() {{ echo "$@"; }}; go_on() {{ :; }}; train a.yaml {run} --run.resume old'
+    said = bash(words, SLURM_RESTART_COUNT=str(restarts))
+    assert said.strip().endswith("--run.resume old --run.resume auto" if restarts and has_saved else "--run.resume old")
+
+
 def test_a_task_of_an_array_goes_by_its_number() -> None:
     assert bash("job", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2") == "5_2\n"
     assert bash("job") == "7\n"

@@ -30,16 +30,21 @@ def test_every_run_has_its_line(tmp_path, capsys):
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "config.yaml").touch()
     (tmp_path / "no run").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "status.json").write_text("{}")
     other = make(tmp_path / "elsewhere" / "f", state="preempted", reason="SIGTERM", age_s=30)
     main([str(tmp_path), str(other)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines[1:]] == ["finished", "failed", "running", "died", "unknown", "preempted"]
+    assert [line[1] for line in lines[1:]] == [
+        "finished", "failed", "running", "died", "unknown", "unknown", "preempted",
+    ]  # fmt: skip
     assert lines[1][2:] == ["4/4", "2", "h", "8", "node1"]
     assert " ".join(lines[2][2:]) == "2/4 3 d 8 node1 the loss of step 3 is not finite"
     assert lines[3][2:] == ["3/4", "3", "min", "8", "node1"]
     assert " ".join(lines[4]).endswith("the process of rank 0 ended without a word; see its log")
     assert " ".join(lines[5]).endswith("no status.json")
-    assert lines[6][0] == str(other) and lines[6][-1] == "SIGTERM"
+    assert "is not the status of a run" in " ".join(lines[6])
+    assert lines[7][0] == str(other) and lines[7][-1] == "SIGTERM"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

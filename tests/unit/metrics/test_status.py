@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 from datetime import datetime, timedelta, timezone
 
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.metrics import status as module
+from pipeline.metrics.atomic import write_text
 from pipeline.metrics.status import StatusFile, read_status
 
 
@@ -63,6 +65,15 @@ def test_something_else_is_refused(tmp_path):
     (tmp_path / "status.json").write_text('{"state": "running"}')
     with pytest.raises(DataError, match="status.json is not the status of a run; got: .*; do: see the log"):
         read_status(tmp_path)
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "new")
+    assert [found.name for found in tmp_path.iterdir()] == ["text"] and path.read_text() == "old"
 
 
 @pytest.fixture()
