@@ -170,15 +170,17 @@ def test_an_unfinished_run_is_not_evaluated(cluster: SlurmCluster, tmp_path: Pat
 
 
 def test_the_signal_before_the_time_limit(cluster, config, expected, tmp_path: Path) -> None:
-    # SLURM looks every 30 s and signals up to 60 s early: in the second half of this minute.
-    job = start(cluster, tmp_path, "many_nodes.sbatch", config, options=(*TWO_NODES, "--time=1", "--signal=USR1@1"))
+    # SLURM looks every 30 s and signals up to 60 s early: in the second of these minutes. The first is for starting.
+    options = (*TWO_NODES, "--time=2", "--signal=USR1@1")
+    patience = ("--run.collective_timeout_s", "600")  # the tasks are suspended within a collective
+    job = start(cluster, tmp_path, "many_nodes.sbatch", config, *patience, options=options)
     job.wait_for_step(5)
     # As if this step took until the time limit. With the signal, SLURM sends SIGCONT.
     tasks = job.tasks()
     assert len(tasks) == 2
     for task in tasks:
         task.suspend()
-    wait_until(lambda: bool(job.decisions()), "the first attempt's end", 90.0, job.log)
+    wait_until(lambda: bool(job.decisions()), "the first attempt's end", 150.0, job.log)
     assert 5 <= job.steps_done() < STEPS
     check_finished(job, expected)
     assert job.decisions() == ["exit code 75: requeued", "exit code 0: done"]
