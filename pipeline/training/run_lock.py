@@ -1,7 +1,8 @@
 """One job at a time writes into a run folder: a POSIX lock on `RUN/lock`, held by the process of rank 0.
 
 The lock ends with its process, however that ends. By their documentation it holds between machines on NFS 4, on NFS 3
-with lockd, and on Lustre mounted with `flock`. A file system without locks says so: there the run goes on with a warning.
+with lockd, and on Lustre mounted with `flock`. A file system without locks says so: there the run goes on with a
+warning.
 """
 
 from __future__ import annotations
