@@ -169,10 +169,10 @@ def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:
         near_logits = _dot(near_key, queries.near.flatten(0, 2)[members])
         logits = torch.where(is_near, near_logits, logits)
     logits = logits.mul_(view.geometry.scale)
-    if queries.slopes is not None:
+    slopes = view.slopes_of(queries, winners.members)
+    if slopes is not None:
         far = torch.full((1, 1), float(view.rule.distance), device=view.device)
         effective = far if distance is None or is_near is None else torch.where(is_near, distance.float(), far)
-        slopes = queries.slopes.expand(-1, view.num_rows, -1).flatten()[members, None]
         logits = logits - slopes * effective
     hidden = ~winners.valid[..., None].expand(-1, width, view.chunk_size).reshape(logits.shape)
     return _Gathered(key, value, logits.masked_fill_(hidden, NOTHING), near_key, is_near)

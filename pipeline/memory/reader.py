@@ -164,9 +164,8 @@ class _Group:
                 waiting = self.exchange.all_gather(query[:, :, following], purpose="queries")
             yield block, gathered
 
-    def queries(self, block: _Block | tuple[slice, Tensor]) -> list[Queries]:
-        """The queries of every rank, as this shard is asked."""
-        tokens, gathered = (block.tokens, block.query) if isinstance(block, _Block) else block
+    def queries(self, tokens: slice, gathered: Tensor) -> list[Queries]:
+        """The queries of every rank `[G, B, H, t, D]`, as this shard is asked."""
         return [view.queries(query, tokens) for view, query in zip(self.views, gathered, strict=True)]
 
     def to_owners(self, block: _Block, parts: list[Tensor], *, purpose: str) -> Callable[[], list[Tensor]]:
@@ -199,7 +198,7 @@ class _Read(torch.autograd.Function):
             log_sum_exp[:, :, block.tokens] = group.own.ungroup(partial.maximum + total.log(), **sizes)
 
         for tokens, gathered in group.blocks(query):
-            queries = group.queries((tokens, gathered))
+            queries = group.queries(tokens, gathered)
             found = [search(view, own) for view, own in zip(group.views, queries, strict=True)]
             block = _Block(tokens, gathered, share(found, group.exchange, k=k))
             work = list(zip(group.views, queries, block.shared.winners, strict=True))
@@ -247,12 +246,11 @@ class _Read(torch.autograd.Function):
             received = waiting()
             if following is not None:
                 waiting = send(following)
-            work = zip(group.views, group.queries(block), block.shared.winners, received, strict=True)
+            queries = group.queries(block.tokens, block.query)
+            work = zip(group.views, queries, block.shared.winners, received, strict=True)
             parts = [
-                attend_backward(
-                    view, queries, winners, grad=row[:, :dim], offset=row[:, dim], log_sum_exp=row[:, dim + 1]
-                )
-                for view, queries, winners, row in work
+                attend_backward(view, own, winners, grad=row[:, :dim], offset=row[:, dim], log_sum_exp=row[:, dim + 1])
+                for view, own, winners, row in work
             ]
             on_the_way.append((block, group.to_owners(block, parts, purpose="query_gradients")))
             if len(on_the_way) > 1:

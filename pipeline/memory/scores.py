@@ -60,7 +60,7 @@ def chosen_scores(view: MemoryView, queries: Queries, slots: Tensor, members: Te
     """
     num_queries = queries.far.shape[2]
     rows = torch.div(members, num_queries, rounding_mode="floor")[:, None]  # head and row of the bank
-    slopes = None if queries.slopes is None else queries.slopes.expand(-1, view.num_rows, -1).flatten()[members, None]
+    slopes = view.slopes_of(queries, members)
 
     def scores(query: Tensor, keys: Tensor, index: Tensor, distance: Tensor) -> Tensor:
         chosen = keys.flatten(0, 2).index_select(0, index.flatten()).view(*slots.shape, -1)

@@ -228,6 +228,20 @@ class MemoryView:
             return None
         return -queries.slopes.view(*queries.slopes.shape, *[1] * (distance.dim() - 3)) * distance
 
+    def slopes_of(self, queries: Queries, members: Tensor) -> Tensor | None:
+        """ALiBi's slopes of some queries, or None for other encodings.
+
+        Args:
+            queries: The block.
+            members: Which queries, as numbers in the flattened `[Hkv, R, N]`, int64 `[m]`.
+
+        Returns:
+            float32 `[m, 1]`.
+        """
+        if queries.slopes is None:
+            return None
+        return queries.slopes.expand(-1, self.num_rows, -1).flatten()[members, None]
+
     def _runs(self, positions: np.ndarray) -> Iterator[Run]:
         """Cuts the visible slots into runs of at most SLOTS_PER_BLOCK, far ones first."""
         visible = (positions >= 0) & (positions < self.start) & (positions >= self.start - self.settings.num_tokens)
