@@ -6,13 +6,14 @@ tokens of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.memory.search import NOTHING
-from pipeline.memory.view import MemoryView, Queries
+from pipeline.memory.view import MemoryView, Queries, at_once
 from pipeline.memory.winners import Winners
 
 
@@ -72,13 +73,15 @@ def attend(view: MemoryView, queries: Queries, winners: Winners) -> Partial:
     Returns:
         The partial attention of those queries over the tokens of those chunks.
     """
-    if not len(winners.members):
-        nobody = queries.far.new_zeros(0)
-        return Partial(nobody, nobody, nobody.view(0, queries.far.shape[-1]))
-    tokens = _gather(view, queries, winners)
-    maximum = tokens.logits.amax(dim=-1)
-    weights = torch.exp(tokens.logits - maximum[:, None])
-    return Partial(maximum, weights.sum(dim=-1), torch.bmm(weights[:, None], tokens.value)[:, 0])
+    num_queries = len(winners.members)
+    partial = Partial(*(queries.far.new_empty(num_queries, *size) for size in ((), (), queries.far.shape[-1:])))
+    for rows, piece in _pieces(view, winners):
+        tokens = _gather(view, queries, piece)
+        maximum = tokens.logits.amax(dim=-1)
+        weights = torch.exp(tokens.logits - maximum[:, None])
+        partial.maximum[rows], partial.total[rows] = maximum, weights.sum(dim=-1)
+        partial.weighted[rows] = torch.bmm(weights[:, None], tokens.value)[:, 0]
+    return partial
 
 
 def combine(partials: list[Partial], members: list[Tensor], num_queries: int) -> Partial:
@@ -121,18 +124,20 @@ def attend_backward(
     Returns:
         Gradient of those queries, before they were rotated, float32 `[m, D]`.
     """
-    if not len(winners.members):
-        return torch.zeros_like(grad)
-    tokens = _gather(view, queries, winners)
-    weights = torch.exp(tokens.logits - log_sum_exp[:, None])
-    of_weight = _dot(tokens.value, grad)
-    of_logit = weights.mul_(of_weight.add_(offset[:, None])).mul_(view.geometry.scale)
-    if tokens.near_key is None:
-        return view.query_gradient(torch.bmm(of_logit[:, None], tokens.key)[:, 0], None, queries, winners.members)
-    assert tokens.is_near is not None
-    far = torch.bmm(of_logit.masked_fill(tokens.is_near, 0.0)[:, None], tokens.key)[:, 0]
-    near = torch.bmm(of_logit.masked_fill(~tokens.is_near, 0.0)[:, None], tokens.near_key)[:, 0]
-    return view.query_gradient(far, near, queries, winners.members)
+    grad_query = torch.empty_like(grad)
+    for rows, piece in _pieces(view, winners):
+        tokens = _gather(view, queries, piece)
+        weights = torch.exp(tokens.logits - log_sum_exp[rows, None])
+        of_weight = _dot(tokens.value, grad[rows])
+        of_logit = weights.mul_(of_weight.add_(offset[rows, None])).mul_(view.geometry.scale)
+        near = None
+        if tokens.near_key is not None:
+            assert tokens.is_near is not None
+            near = torch.bmm(of_logit.masked_fill(~tokens.is_near, 0.0)[:, None], tokens.near_key)[:, 0]
+            of_logit = of_logit.masked_fill(tokens.is_near, 0.0)
+        far = torch.bmm(of_logit[:, None], tokens.key)[:, 0]
+        grad_query[rows] = view.query_gradient(far, near, queries, piece.members)
+    return grad_query
 
 
 def token_distance(view: MemoryView, queries: Queries, winners: Winners) -> Tensor:
@@ -148,6 +153,13 @@ def token_distance(view: MemoryView, queries: Queries, winners: Winners) -> Tens
     """
     position = view.slot_offset[winners.slots][..., None] + torch.arange(view.chunk_size, device=view.device)
     return queries.offset[winners.members % len(queries.offset)][:, None, None] - position
+
+
+def _pieces(view: MemoryView, winners: Winners) -> Iterator[tuple[Tensor, Winners]]:
+    """Cuts winners up so that the keys of a piece are not too many at once."""
+    num_queries, chunks = len(winners.members), winners.counts.sum()
+    keys_of_a_query = int(chunks) * view.chunk_size * view.keys.shape[-1] // max(1, num_queries)
+    return winners.pieces(at_once(num_queries, keys_of_a_query, device=view.device.type))
 
 
 def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:

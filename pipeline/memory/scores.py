@@ -18,31 +18,32 @@ from pipeline.memory.view import MemoryView, Queries, Run
 ROUNDING = 4e-6
 
 
-def run_scores(view: MemoryView, queries: Queries, run: Run) -> Tensor:
+def run_scores(view: MemoryView, queries: Queries, run: Run, heads: slice) -> Tensor:
     """Scores of all slots of a run, by a matrix product.
 
     Args:
         view: The memory layer.
-        queries: A block of queries.
+        queries: A block of queries, of some heads.
         run: The slots.
+        heads: Which key/value heads those are.
 
     Returns:
         float32 `[Hkv, R, N, s]`.
     """
     if not run.near:
-        return _far(view, queries, run)
+        return _far(view, queries, run, heads)
     distance = (queries.offset[:, None] - _centre(view, slice(run.start, run.stop)))[None, None]  # [1, 1, N, s]
     chunk_keys, first = view.chunk_keys, run.start
     if view.geometry.encoding.inv_freq is not None:
         chunk_keys, first = view.near_chunk_keys, int(view.near_index[run.start])
     assert queries.near is not None
-    chunk_keys = chunk_keys[:, :, first : first + run.stop - run.start]
-    scores = torch.matmul(queries.near, chunk_keys.transpose(-1, -2)).mul_(view.geometry.scale)
+    chunk_keys = chunk_keys[heads, :, first : first + run.stop - run.start]
+    scores = torch.matmul(queries.near * view.geometry.scale, chunk_keys.transpose(-1, -2))
     bias = view.distance_bias(distance, queries)
     scores = scores if bias is None else scores.add_(bias)
     if view.rule.kind == "true":
         return scores
-    return torch.where(distance <= view.rule.near_limit, scores, _far(view, queries, run))
+    return torch.where(distance <= view.rule.near_limit, scores, _far(view, queries, run, heads))
 
 
 def chosen_scores(view: MemoryView, queries: Queries, slots: Tensor, members: Tensor, *, near: bool) -> Tensor:
@@ -108,9 +109,9 @@ def far_distance(view: MemoryView) -> Tensor:
     return torch.full((1, 1, 1, 1), float(view.rule.distance), device=view.device)
 
 
-def _far(view: MemoryView, queries: Queries, run: Run) -> Tensor:
-    chunk_keys = view.chunk_keys[:, :, run.start : run.stop]
-    scores = torch.matmul(queries.far, chunk_keys.transpose(-1, -2)).mul_(view.geometry.scale)
+def _far(view: MemoryView, queries: Queries, run: Run, heads: slice) -> Tensor:
+    chunk_keys = view.chunk_keys[heads, :, run.start : run.stop]
+    scores = torch.matmul(queries.far * view.geometry.scale, chunk_keys.transpose(-1, -2))
     bias = view.distance_bias(far_distance(view), queries)
     return scores if bias is None else scores.add_(bias)
 

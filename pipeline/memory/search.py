@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.memory.scores import chosen_scores, rounding_bound, run_scores
-from pipeline.memory.view import MemoryView, Queries, Run
+from pipeline.memory.view import MemoryView, Queries, Run, at_once
 
 NOTHING = float("-inf")
 MARGIN = 8  # candidates beyond the k-th whose scores are worked out again
@@ -113,22 +113,34 @@ def _best_of(first: Retrieved, second: Retrieved, k: int) -> Retrieved:
 
 
 def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
-    scores = run_scores(view, queries, run)
+    bound = rounding_bound(view, queries)
+    num_kv_heads, per_head = len(bound), bound[0].numel() * (run.stop - run.start)
+    step = at_once(num_kv_heads, per_head, device=view.device.type)
+    found = [
+        _of_heads(view, queries, run, slice(first, first + step), bound[first : first + step])
+        for first in range(0, num_kv_heads, step)
+    ]
+    return Retrieved(torch.cat([part.keys for part in found]), torch.cat([part.slots for part in found]))
+
+
+def _of_heads(view: MemoryView, queries: Queries, run: Run, heads: slice, bound: Tensor) -> Retrieved:
+    """The best of a run for some key/value heads; `bound` `[heads, R, N]` is how far scores may be off."""
+    scores = run_scores(view, queries.of_heads(heads), run, heads)
     if view.settings.scope == "document":
         same = queries.documents[:, :, None] == view.slot_documents[:, None, run.start : run.stop]
         scores = scores.masked_fill(~same, NOTHING)
     k = min(view.settings.top_k_chunks, scores.shape[-1])
     top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
-    everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
-    chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), everyone, k)
-    found = Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
-    open_ended = _is_open(view, queries, top.values, k)
+    members = torch.arange(bound.numel(), device=view.device) + heads.start * bound[0].numel()
+    chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members, k)
+    found = Retrieved(*(part.view(*bound.shape, k) for part in (chosen.keys, chosen.slots)))
+    open_ended = _is_open(top.values, bound, k)
     if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
         # More chunks than the margin score alike: look at all of them.
-        rows, bound = scores[open_ended], rounding_bound(view, queries)[open_ended][:, None]
-        alike = rows >= top.values[open_ended][:, k - 1 : k] - bound
+        rows = scores[open_ended]
+        alike = rows >= top.values[open_ended][:, k - 1 : k] - bound[open_ended][:, None]
         top = rows.topk(int(alike.sum(dim=-1).max()), dim=-1)
-        again = _choose(view, queries, run, top.values, top.indices, open_ended.flatten().nonzero()[:, 0], k)
+        again = _choose(view, queries, run, top.values, top.indices, members[open_ended.flatten()], k)
         found.keys[open_ended], found.slots[open_ended] = again.keys, again.slots
     return found
 
@@ -144,19 +156,18 @@ def _choose(
     return Retrieved(best.values, slots.gather(-1, best.indices))
 
 
-def _is_open(view: MemoryView, queries: Queries, scores: Tensor, k: int) -> Tensor | None:
+def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
     """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, R, N]`; None: no query.
 
     Args:
-        view: The memory layer.
-        queries: A block of queries.
         scores: Candidates' scores, best first, `[Hkv, R, N, w]`.
+        bound: How far they may be off, `[Hkv, R, N]`.
         k: Chunks wanted.
 
     Returns:
         The queries.
     """
-    is_open = scores[..., -1] >= scores[..., k - 1] - rounding_bound(view, queries)
+    is_open = scores[..., -1] >= scores[..., k - 1] - bound
     is_open &= scores[..., -1] != NOTHING
     return is_open if bool(is_open.any()) else None
 
@@ -175,7 +186,7 @@ def _with_faiss(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
                 scores[head, row, members, : value.shape[-1]] = value * view.geometry.scale
                 indices[head, row, members, : value.shape[-1]] = columns[index]
     scores, indices = scores.to(view.device), indices.to(view.device)
-    if scores.shape[-1] < num_slots and _is_open(view, queries, scores, k) is not None:
+    if scores.shape[-1] < num_slots and _is_open(scores, rounding_bound(view, queries), k) is not None:
         return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
     everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
     chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)

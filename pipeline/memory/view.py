@@ -8,7 +8,7 @@ Shapes: `B` lanes, `H` query heads, `Hkv` key/value heads, `D` head size, `C` ch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,23 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.positions import PositionEncoding, PositionRule
 
 SLOTS_PER_BLOCK = 16_384  # bounds the scores in memory: queries of a block x this
+# Numbers of a temporary made at once on a CPU: its caches hold them, and the C library keeps them for the next instead
+# of giving them back to the system, which would zero every page anew.
+CPU_AT_ONCE = 2**17
+
+
+def at_once(count: int, each: int, *, device: str) -> int:
+    """How many alike things are worked on at once: on a CPU as many as its caches hold, elsewhere all.
+
+    Args:
+        count: How many there are.
+        each: Numbers in one.
+        device: Type of the device.
+
+    Returns:
+        At most `count`, at least 1.
+    """
+    return max(1, min(count, CPU_AT_ONCE // max(1, each))) if device == "cpu" else max(1, count)
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,18 @@ class Queries:
     offset: Tensor
     documents: Tensor
     slopes: Tensor | None
+
+    def of_heads(self, heads: slice) -> Queries:
+        """Those of some heads.
+
+        Args:
+            heads: Which key/value heads.
+
+        Returns:
+            The same with fewer heads.
+        """
+        near, slopes = (None if x is None else x[heads] for x in (self.near, self.slopes))
+        return replace(self, far=self.far[heads], near=near, slopes=slopes)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ a query.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,23 @@ class Winners:
         counts = counts[members]
         width = int(counts.max()) if len(counts) else 0
         return cls(members, found.slots.flatten(0, 2)[members, :width].to(torch.int32), counts)
+
+    def pieces(self, num_queries: int) -> Iterator[tuple[Tensor, Winners]]:
+        """Cuts them up, queries with about as many chunks together, so that few entries hold none.
+
+        Args:
+            num_queries: Of a piece, at most.
+
+        Yields:
+            Which rows they are, int64 `[p]`, and those winners.
+        """
+        if not len(self.members):
+            return
+        order = self.counts.argsort(stable=True)
+        cut = order.split(num_queries)
+        widths = self.counts[torch.stack([rows[-1] for rows in cut])].tolist()
+        for rows, width in zip(cut, widths, strict=True):
+            yield rows, Winners(self.members[rows], self.slots[rows, :width], self.counts[rows])
 
 
 @dataclass(frozen=True)

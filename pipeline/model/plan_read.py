@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.config.schema import Config
 from pipeline.memory.bank import BankShape
 from pipeline.memory.search import MARGIN
-from pipeline.memory.view import SLOTS_PER_BLOCK
+from pipeline.memory.view import SLOTS_PER_BLOCK, at_once
 from pipeline.model.longmem import DTYPES
 from pipeline.model.plan_part import Part
 from pipeline.model.shapes import BackboneShape
@@ -77,11 +77,14 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     slots = bank.num_chunks * (bank.num_lanes if memory.scope == "group" else 1)
     run = min(slots, SLOTS_PER_BLOCK)
     near = _near_slots(config, shape, bank) > 0
+    device, of_a_head = "cpu" if memory.device == "host" else "cuda", queries // bank.num_kv_heads
+    searched = of_a_head * at_once(bank.num_kv_heads, of_a_head * run, device=device)
     # Scores, and under `document` a masked copy with its mask (one for all heads that share a key/value head).
-    scores = queries * run * FP32 * (2 if memory.scope == "document" else 1)
-    scores += queries * run // bank.num_kv_heads if memory.scope == "document" else 0
-    candidates = queries * min(memory.top_k_chunks + MARGIN, run)
-    retrieved = queries * memory.top_k_tokens * dim
+    scores = searched * run * FP32 * (2 if memory.scope == "document" else 1)
+    scores += of_a_head * run if memory.scope == "document" else 0
+    candidates = searched * min(memory.top_k_chunks + MARGIN, run)
+    retrieved = memory.top_k_tokens * dim
+    retrieved *= at_once(queries, retrieved, device=device)
     stored = DTYPES[config.memory_dtype].itemsize
     copies = 2 * FP32 + (stored if stored < FP32 else 0) + (FP32 if near and shape.positions == "rotary" else 0)
     copies += FP32 if memory.device == "host" else 0  # the CPU multiplies and sums in two steps

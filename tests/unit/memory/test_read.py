@@ -21,6 +21,12 @@ SCOPES = ["document", "lane", "group"]
 POSITIONS = ["none", "true", "fixed:9", "clamp:14"]
 
 
+@pytest.fixture(params=[1, 300, view_module.CPU_AT_ONCE], autouse=True)
+def numbers_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head or query at a time, a few, all: nothing changes."""
+    monkeypatch.setattr(view_module, "CPU_AT_ONCE", request.param)
+
+
 def make(scope: str, position: str, *, attention: str = "rotary", **kwargs: object) -> tuple[World, Tensor, int]:
     """A ring that has overflown: 48 tokens told, room for 32, 20 of them remembered; documents change in chunks."""
     rules = Rules(tokens=20, chunk_size=4, top_k_tokens=8, scope=scope, position=position)
