@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,17 @@ from pipeline.config.schema import Config
 from pipeline.data.lanes import Lanes
 from pipeline.data.store import TokenStore
 from pipeline.model.longmem import LongMem, build
+from tests.distributed.engine_runs import (
+    TOLERANCE,
+    assert_same_tensors,
+    assert_same_training,
+    of,
+    train_one,
+    with_gradients,
+)
 from tests.ranks import run_ranks
 from tests.tiny_run import TinyRun
 
-TOLERANCE = 1e-5  # float32, summed in another order
 STEPS = 5  # memory is full after two
 BROKEN_STEP = 3
 RECORDED = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds", "memory_fill", "gate_mean"}
@@ -44,52 +51,6 @@ OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "document": {"memory": {"scope": "document"}},
     "group": {"memory": {"scope": "group"}},
 }
-
-
-def train_one(
-    config: Config, *, evaluated: bool = True, prepare: Callable[[Any], None] | None = None
-) -> tuple[Any, list[dict[str, Any]], int]:
-    """Builds and trains; every rank gets the run, the lines of metrics.jsonl and the number of evaluations."""
-    from eval.perplexity import evaluate
-    from pipeline.distributed.ranks import barrier, rank, world_size
-    from pipeline.metrics.record import read_metrics
-    from pipeline.training.build import build_run
-    from pipeline.training.loop import train
-
-    evaluations = 0
-
-    def evaluation(model: Any, store: Any) -> Any:
-        nonlocal evaluations
-        evaluations += 1
-        return evaluate(model, store, config, rank=rank(), world_size=world_size())
-
-    run = build_run(config)
-    if prepare is not None:
-        prepare(run)
-    train(run, evaluate=evaluation if evaluated else None)
-    barrier()
-    return run, read_metrics(run.folder), evaluations
-
-
-def with_gradients(config: Config) -> dict[str, Any]:
-    """Trains and keeps every step's gradients, as the optimizer gets them but for clipping, and the last weights."""
-    from deepspeed.utils import safe_get_full_grad
-
-    gradients: list[dict[str, torch.Tensor]] = []
-
-    def keep_gradients(run: Any) -> None:
-        check = run.trainer._check_finite
-
-        def check_and_keep(number: int, totals: torch.Tensor) -> None:
-            parameters = run.model.sidenet.named_parameters()
-            gradients.append({name: safe_get_full_grad(parameter).clone() for name, parameter in parameters})
-            check(number, totals)
-
-        run.trainer._check_finite = check_and_keep
-
-    run, metrics, _ = train_one(config, evaluated=False, prepare=keep_gradients)
-    weights = {name: parameter.detach().clone() for name, parameter in run.model.sidenet.named_parameters()}
-    return {"metrics": metrics, "gradients": gradients, "weights": weights}
 
 
 def spoil_a_gradient(config: Config) -> dict[str, Any]:
@@ -205,10 +166,6 @@ def two(tiny_run: TinyRun, folder: Path) -> list[dict[str, Any]]:
     return run_ranks(on_two_ranks, 2, *configs, sharded, init_process_group=False, timeout_s=240)
 
 
-def of(metrics: list[dict[str, Any]], key: str) -> list[float]:
-    return [record[key] for record in metrics]
-
-
 def losses(found: dict[str, Any], name: str) -> list[float]:
     return of(found[name]["metrics"], "loss")
 
@@ -257,23 +214,6 @@ def by_hand(config: Config) -> dict[str, Any]:
         found["grad_norm"].append(norm)
         found["gradients"].append(gradients)
     return found | {"weights": {name: parameter.detach() for name, parameter in names.items()}}
-
-
-def assert_same_training(left: dict[str, Any], right: dict[str, Any]) -> None:
-    np.testing.assert_allclose(of(left["metrics"], "loss"), of(right["metrics"], "loss"), rtol=TOLERANCE)
-    np.testing.assert_allclose(of(left["metrics"], "grad_norm"), of(right["metrics"], "grad_norm"), rtol=1e-4)
-    assert_same_tensors(left, right)
-
-
-def assert_same_tensors(left: dict[str, Any], right: dict[str, Any]) -> None:
-    for mine, other in zip(left["gradients"], right["gradients"], strict=True):
-        assert mine.keys() == other.keys()
-        largest = max(float(gradient.abs().max()) for gradient in other.values())
-        for name in mine:
-            torch.testing.assert_close(mine[name], other[name], atol=1e-4 * largest, rtol=0)
-    for name, weight in left["weights"].items():
-        # Adam makes a step of the full learning rate out of the sign of a gradient that is nearly zero.
-        assert float((weight - right["weights"][name]).abs().mean()) < 1e-5, name
 
 
 def test_one_rank_equals_a_loop_by_hand(one, tiny_run, folder):
