@@ -176,6 +176,9 @@ def measure(read: Callable[..., Tensor], sizes: Sizes, exchange: Exchange, round
 def work(rank: int, size: int, port: int, jobs: list[tuple[str, Sizes]], rounds: int, queue: mp.Queue) -> None:
     """One rank: every job in turn."""
     torch.set_num_threads(1)
+    # The C library keeps freed memory for the next buffer once a piece of up to 32 MiB was freed, as happens at once in
+    # training; before, it gives back and clears every page again, which costs more than reading does.
+    torch.ones(2**23 - 2**18)
     exchange: Exchange = Alone()
     if size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -155,11 +155,12 @@ def token_distance(view: MemoryView, queries: Queries, winners: Winners) -> Tens
     return queries.offset[winners.members % len(queries.offset)][:, None, None] - position
 
 
-def _pieces(view: MemoryView, winners: Winners) -> Iterator[tuple[Tensor, Winners]]:
-    """Cuts winners up so that the keys of a piece are not too many at once."""
-    num_queries, chunks = len(winners.members), winners.counts.sum()
-    keys_of_a_query = int(chunks) * view.chunk_size * view.keys.shape[-1] // max(1, num_queries)
-    return winners.pieces(at_once(num_queries, keys_of_a_query, device=view.device.type))
+def _pieces(view: MemoryView, winners: Winners) -> Iterator[tuple[Tensor | slice, Winners]]:
+    """What is attended to at once, and which rows it is: all, but on a CPU."""
+    num_queries, width = winners.slots.shape
+    if view.device.type != "cpu":
+        return iter([(slice(None), winners)] if num_queries else [])
+    return winners.pieces(at_once(num_queries * width, view.keys[0].numel(), device="cpu"))
 
 
 def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:

@@ -21,7 +21,7 @@ from pipeline.positions import PositionEncoding, PositionRule
 SLOTS_PER_BLOCK = 16_384  # bounds the scores in memory: queries of a block x this
 # Numbers of a temporary made at once on a CPU: its caches hold them, and the C library keeps them for the next instead
 # of giving them back to the system, which would zero every page anew.
-CPU_AT_ONCE = 2**17
+CPU_AT_ONCE = 2**20
 
 
 def at_once(count: int, each: int, *, device: str) -> int:

@@ -60,22 +60,20 @@ class Winners:
         width = int(counts.max()) if len(counts) else 0
         return cls(members, found.slots.flatten(0, 2)[members, :width].to(torch.int32), counts)
 
-    def pieces(self, num_queries: int) -> Iterator[tuple[Tensor, Winners]]:
-        """Cuts them up, queries with about as many chunks together, so that few entries hold none.
+    def pieces(self, num_chunks: int) -> Iterator[tuple[Tensor, Winners]]:
+        """Cuts them up into queries with equally many chunks, so that every entry holds one.
 
         Args:
-            num_queries: Of a piece, at most.
+            num_chunks: Of a piece, at most; one query's are not cut.
 
         Yields:
             Which rows they are, int64 `[p]`, and those winners.
         """
-        if not len(self.members):
-            return
         order = self.counts.argsort(stable=True)
-        cut = order.split(num_queries)
-        widths = self.counts[torch.stack([rows[-1] for rows in cut])].tolist()
-        for rows, width in zip(cut, widths, strict=True):
-            yield rows, Winners(self.members[rows], self.slots[rows, :width], self.counts[rows])
+        widths, lengths = self.counts[order].unique_consecutive(return_counts=True)
+        for width, rows in zip(widths.tolist(), order.split(lengths.tolist()), strict=True):
+            for part in rows.split(max(1, num_chunks // width)):
+                yield part, Winners(self.members[part], self.slots[part, :width], self.counts[part])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.memory import attend as attend_module
+from pipeline.memory import search as search_module
 from pipeline.memory import view as view_module
 from tests.reference import Rules
 from tests.tiny_longmem import bank_bytes
@@ -21,10 +23,14 @@ SCOPES = ["document", "lane", "group"]
 POSITIONS = ["none", "true", "fixed:9", "clamp:14"]
 
 
-@pytest.fixture(params=[1, 300, view_module.CPU_AT_ONCE], autouse=True)
+@pytest.fixture(params=[1, 300, view_module.CPU_AT_ONCE, "accelerator"], autouse=True)
 def numbers_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One head or query at a time, a few, all: nothing changes."""
-    monkeypatch.setattr(view_module, "CPU_AT_ONCE", request.param)
+    """One head or query at a time, a few, all; or all, padded to the most chunks, as an accelerator does it."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(attend_module, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
+        monkeypatch.setattr(search_module, "at_once", lambda count, *_, **__: count)
+    else:
+        monkeypatch.setattr(view_module, "CPU_AT_ONCE", request.param)
 
 
 def make(scope: str, position: str, *, attention: str = "rotary", **kwargs: object) -> tuple[World, Tensor, int]:
