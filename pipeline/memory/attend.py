@@ -76,11 +76,7 @@ def attend(view: MemoryView, queries: Queries, winners: Winners) -> Partial:
     num_queries = len(winners.members)
     partial = Partial(*(queries.far.new_empty(num_queries, *size) for size in ((), (), queries.far.shape[-1:])))
     for rows, piece in _pieces(view, winners):
-        tokens = _gather(view, queries, piece)
-        maximum = tokens.logits.amax(dim=-1)
-        weights = torch.exp(tokens.logits - maximum[:, None])
-        partial.maximum[rows], partial.total[rows] = maximum, weights.sum(dim=-1)
-        partial.weighted[rows] = torch.bmm(weights[:, None], tokens.value)[:, 0]
+        partial.maximum[rows], partial.total[rows], partial.weighted[rows] = _attend(view, queries, piece)
     return partial
 
 
@@ -126,17 +122,7 @@ def attend_backward(
     """
     grad_query = torch.empty_like(grad)
     for rows, piece in _pieces(view, winners):
-        tokens = _gather(view, queries, piece)
-        weights = torch.exp(tokens.logits - log_sum_exp[rows, None])
-        of_weight = _dot(tokens.value, grad[rows])
-        of_logit = weights.mul_(of_weight.add_(offset[rows, None])).mul_(view.geometry.scale)
-        near = None
-        if tokens.near_key is not None:
-            assert tokens.is_near is not None
-            near = torch.bmm(of_logit.masked_fill(~tokens.is_near, 0.0)[:, None], tokens.near_key)[:, 0]
-            of_logit = of_logit.masked_fill(tokens.is_near, 0.0)
-        far = torch.bmm(of_logit[:, None], tokens.key)[:, 0]
-        grad_query[rows] = view.query_gradient(far, near, queries, piece.members)
+        grad_query[rows] = _attend_backward(view, queries, piece, log_sum_exp[rows], offset[rows], grad[rows])
     return grad_query
 
 
@@ -161,6 +147,30 @@ def _pieces(view: MemoryView, winners: Winners) -> Iterator[tuple[Tensor | slice
     if view.device.type != "cpu":
         return iter([(slice(None), winners)] if num_queries else [])
     return winners.pieces(at_once(num_queries * width, view.keys[0].numel(), device="cpu"))
+
+
+# A function of their own, so that the tokens of one piece are gone when the next one's are gathered.
+def _attend(view: MemoryView, queries: Queries, winners: Winners) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = _gather(view, queries, winners)
+    maximum = tokens.logits.amax(dim=-1)
+    weights = torch.exp(tokens.logits - maximum[:, None])
+    return maximum, weights.sum(dim=-1), torch.bmm(weights[:, None], tokens.value)[:, 0]
+
+
+def _attend_backward(
+    view: MemoryView, queries: Queries, winners: Winners, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
+) -> Tensor:
+    tokens = _gather(view, queries, winners)
+    weights = torch.exp(tokens.logits - log_sum_exp[:, None])
+    of_weight = _dot(tokens.value, grad)
+    of_logit = weights.mul_(of_weight.add_(offset[:, None])).mul_(view.geometry.scale)
+    near = None
+    if tokens.near_key is not None:
+        assert tokens.is_near is not None
+        near = torch.bmm(of_logit.masked_fill(~tokens.is_near, 0.0)[:, None], tokens.near_key)[:, 0]
+        of_logit = of_logit.masked_fill(tokens.is_near, 0.0)
+    far = torch.bmm(of_logit[:, None], tokens.key)[:, 0]
+    return view.query_gradient(far, near, queries, winners.members)
 
 
 def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:

@@ -112,10 +112,25 @@ def _best_of(first: Retrieved, second: Retrieved, k: int) -> Retrieved:
     return Retrieved(top.values, torch.cat([first.slots, second.slots], dim=-1).gather(-1, top.indices))
 
 
+def numbers_of_search(num_slots: int, *, k: int, dim: int) -> int:
+    """Temporary numbers of one query's search: scores, and candidates whose scores are worked out again.
+
+    Args:
+        num_slots: Slots of a run.
+        k: Chunks wanted.
+        dim: `D`.
+
+    Returns:
+        How many.
+    """
+    return num_slots + min(k + MARGIN, num_slots) * 2 * dim
+
+
 def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
     bound = rounding_bound(view, queries)
-    num_kv_heads, per_head = len(bound), bound[0].numel() * (run.stop - run.start)
-    step = at_once(num_kv_heads, per_head, device=view.device.type)
+    num_kv_heads, num_slots = len(bound), run.stop - run.start
+    of_a_query = numbers_of_search(num_slots, k=view.settings.top_k_chunks, dim=queries.far.shape[-1])
+    step = at_once(num_kv_heads, bound[0].numel() * of_a_query, device=view.device.type)
     found = [
         _of_heads(view, queries, run, slice(first, first + step), bound[first : first + step])
         for first in range(0, num_kv_heads, step)
@@ -133,16 +148,17 @@ def _of_heads(view: MemoryView, queries: Queries, run: Run, heads: slice, bound:
     top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
     members = torch.arange(bound.numel(), device=view.device) + heads.start * bound[0].numel()
     chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members, k)
-    found = Retrieved(*(part.view(*bound.shape, k) for part in (chosen.keys, chosen.slots)))
     open_ended = _is_open(top.values, bound, k)
     if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
-        # More chunks than the margin score alike: look at all of them.
-        rows = scores[open_ended]
-        alike = rows >= top.values[open_ended][:, k - 1 : k] - bound[open_ended][:, None]
-        top = rows.topk(int(alike.sum(dim=-1).max()), dim=-1)
-        again = _choose(view, queries, run, top.values, top.indices, members[open_ended.flatten()], k)
-        found.keys[open_ended], found.slots[open_ended] = again.keys, again.slots
-    return found
+        # More chunks than the margin score alike: look at all of them, in no more space than the scores take.
+        lowest = (top.values[..., k - 1] - bound).flatten()[:, None]
+        rows, asked = scores.flatten(0, 2), open_ended.flatten().nonzero()[:, 0]
+        most = int((rows >= lowest).sum(dim=-1)[asked].max())
+        for part in asked.split(max(1, scores.numel() // (most * 2 * queries.far.shape[-1]))):
+            alike = rows[part].topk(most, dim=-1)
+            again = _choose(view, queries, run, alike.values, alike.indices, members[part], k)
+            chosen.keys[part], chosen.slots[part] = again.keys, again.slots
+    return Retrieved(*(part.view(*bound.shape, k) for part in (chosen.keys, chosen.slots)))
 
 
 def _choose(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.config.schema import Config
 from pipeline.memory.bank import BankShape
-from pipeline.memory.search import MARGIN
+from pipeline.memory.search import MARGIN, numbers_of_search
 from pipeline.memory.view import SLOTS_PER_BLOCK, at_once
 from pipeline.model.longmem import DTYPES
 from pipeline.model.plan_part import Part
@@ -78,22 +78,25 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     run = min(slots, SLOTS_PER_BLOCK)
     near = _near_slots(config, shape, bank) > 0
     device, of_a_head = "cpu" if memory.device == "host" else "cuda", queries // bank.num_kv_heads
-    searched = of_a_head * at_once(bank.num_kv_heads, of_a_head * run, device=device)
-    # Scores, and under `document` a masked copy with its mask (one for all heads that share a key/value head).
-    scores = searched * run * FP32 * (2 if memory.scope == "document" else 1)
-    scores += of_a_head * run if memory.scope == "document" else 0
-    candidates = searched * min(memory.top_k_chunks + MARGIN, run)
+    of_a_query = numbers_of_search(run, k=memory.top_k_chunks, dim=dim)
+    searched = of_a_head * at_once(bank.num_kv_heads, of_a_head * of_a_query, device=device)
+    scores = searched * run * FP32
+    candidates = searched * min(memory.top_k_chunks + MARGIN, run) * (2 * dim * FP32 + FP32 + INT64)
+    # Under `document` a mask (one for all heads that share a key/value head) and, for a moment, a masked copy.
+    masked = memory.scope == "document"
+    search = scores + max(scores * masked, candidates) + of_a_head * run * masked
     retrieved = memory.top_k_tokens * dim
     retrieved *= at_once(queries, retrieved, device=device)
     stored = DTYPES[config.memory_dtype].itemsize
-    copies = 2 * FP32 + (stored if stored < FP32 else 0) + (FP32 if near and shape.positions == "rotary" else 0)
-    copies += FP32 if memory.device == "host" else 0  # the CPU multiplies and sums in two steps
+    # Keys and values; beside them for a moment the stored values, or near keys. A CPU multiplies and sums in two steps.
+    beside = FP32 * ((near and shape.positions == "rotary") + (memory.device == "host"))
+    copies = 2 * FP32 + max(stored if stored < FP32 else 0, beside)
     together = group_size > 1
     offered = memory.top_k_chunks * (2 * INT64 + 3 * FP32) * together  # keys, slots; scores, sent and received
     # Sent and received, of this block and of the one before or after it.
     partials, gradients = 5 * (dim + 2) * FP32 * together, 4 * (dim + 2) * FP32 * together
     return _BlockBytes(
-        search=scores + candidates * (2 * dim * FP32 + FP32 + INT64),
+        search=search,
         attend=retrieved * copies,
         exchange_forward=group_size * queries * (dim * FP32 * (1 + near + together) + offered + partials),
         exchange_backward=group_size * queries * (dim * FP32 * (3 + near + 2 * together) + gradients),
