@@ -179,7 +179,7 @@ class _Group:
 
 
 class _Read(torch.autograd.Function):
-    """Search and attention. What a block's search found travels to its owner while the next block is searched."""
+    """Search and attention. Scores of a block travel while the next one is searched, partial results as well."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
@@ -197,10 +197,8 @@ class _Read(torch.autograd.Function):
             values[:, :, block.tokens] = group.own.ungroup(partial.weighted / total[:, None], **sizes)
             log_sum_exp[:, :, block.tokens] = group.own.ungroup(partial.maximum + total.log(), **sizes)
 
-        for tokens, gathered in group.blocks(query):
-            queries = group.queries(tokens, gathered)
-            found = [search(view, own) for view, own in zip(group.views, queries, strict=True)]
-            block = _Block(tokens, gathered, share(found, group.exchange, k=k))
+        def read(tokens: slice, gathered: Tensor, queries: list[Queries], sharing: Callable[[], Shared]) -> None:
+            block = _Block(tokens, gathered, sharing())
             work = list(zip(group.views, queries, block.shared.winners, strict=True))
             parts = [attend(*one).packed() for one in work]
             on_the_way.append((block, group.to_owners(block, parts, purpose="partials")))
@@ -210,6 +208,17 @@ class _Read(torch.autograd.Function):
             if group.observe_ages is not None:
                 for view, own, winners in work:
                     group.observe_ages(token_distance(view, own, winners)[..., 0][winners.valid])
+
+        searched: tuple[slice, Tensor, list[Queries], Callable[[], Shared]] | None = None
+        for tokens, gathered in group.blocks(query):
+            queries = group.queries(tokens, gathered)
+            found = [search(view, own) for view, own in zip(group.views, queries, strict=True)]
+            sharing = share(found, group.exchange, k=k)
+            if searched is not None:
+                read(*searched)
+            searched = (tokens, gathered, queries, sharing)
+        assert searched is not None
+        read(*searched)
         land()
         ctx.save_for_backward(values, log_sum_exp, *(tensor for block in blocks for tensor in block.tensors()))
         ctx.group, ctx.tokens = group, [block.tokens for block in blocks]

@@ -9,7 +9,7 @@ a query.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +89,10 @@ class Shared:
     holders: list[Tensor]
 
 
-def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Shared:
-    """Keeps, of what this shard found for the queries of every rank, what belongs to the best `k` of the whole group.
+def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Callable[[], Shared]:
+    """Starts to find out what, of what this shard found for the queries of every rank, is of the group's best `k`.
 
-    Collective: every rank of the group must call it.
+    Collective: every rank of the group must call it, and what it returns.
 
     Args:
         found: For the queries of each rank, in rank order.
@@ -100,16 +100,21 @@ def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Shared:
         k: Chunks that each query reads.
 
     Returns:
-        The winners, and where those of this rank's own queries are.
+        Waits for the scores, and returns the winners and where those of this rank's own queries are.
     """
     if exchange.size == 1:
         alone = Winners.of(found[0])
-        return Shared([alone], [alone.members])
+        return lambda: Shared([alone], [alone.members])
     found = [retrieved.padded(k) for retrieved in found]
     scores = [retrieved.scores.flatten(0, 2) for retrieved in found]
-    own_length = len(scores[exchange.rank])
-    rows = [own_length] * exchange.size
-    offered = torch.stack(exchange.all_to_all(scores, rows=rows, purpose="scores")())  # [G, n, k]
+    rows = [len(scores[exchange.rank])] * exchange.size
+    waiting = exchange.all_to_all(scores, rows=rows, purpose="scores")
+    return lambda: _decide(found, torch.stack(waiting()), exchange, k=k)
+
+
+def _decide(found: list[Retrieved], offered: Tensor, exchange: Exchange, *, k: int) -> Shared:
+    """The rest of `share`; `offered` `[G, n, k]` are the scores that every rank found for this rank's queries."""
+    own_length = offered.shape[1]
     smallest = offered.movedim(0, 1).flatten(1).topk(k, dim=-1).values[:, -1]
     better, equal = (offered > smallest[:, None]), (offered == smallest[:, None])
     is_tied = ((better | equal).sum(dim=(0, 2)) > k) & (smallest != NOTHING)

@@ -30,22 +30,24 @@ def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: 
     """
     memory, group_size = config.memory, config.memory.group_size
     block = _block_bytes(config, shape, bank)
+    forward = max(block.search, block.attend) + block.exchange_forward
     yield Part(
         "one read of memory",
-        max(block.search, block.attend) + max(block.exchange_forward, block.exchange_backward),
+        forward,
         "a block's scores [B H t, S] or its keys and values [B H t, k c, D], with the queries of G ranks",
-        ("sidenet", "backward"),
+        ("sidenet",),
         place,
         "a smaller memory.query_block_tokens",
     )
     queries = bank.num_lanes * shape.num_heads * config.train.segment_tokens
+    backward = block.attend + block.exchange_backward + queries * (3 * shape.head_dim + 2) * FP32
     yield Part(
-        "gradients of one read",
-        queries * (3 * shape.head_dim + 2) * FP32,
-        "B H T (3 D + 2), fp32",
+        "backward of one read",
+        max(forward, backward) if config.sidenet.activation_checkpointing else backward,
+        "a block's keys and values once more, with gradients of the segment, B H T (3 D + 2)",
         ("backward",),
         place,
-        "a smaller train.segment_tokens",
+        "a smaller memory.query_block_tokens or train.segment_tokens",
     )
     near = _near_slots(config, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
     chosen = memory.top_k_chunks * INT32 + INT64 + INT32  # slots, which query, how many
@@ -92,13 +94,15 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     beside = FP32 * ((near and shape.positions == "rotary") + (memory.device == "host"))
     copies = 2 * FP32 + max(stored if stored < FP32 else 0, beside)
     together = group_size > 1
-    offered = memory.top_k_chunks * (2 * INT64 + 3 * FP32) * together  # keys, slots; scores, sent and received
+    # Keys and slots that were found, of this block and of the one before it; scores, sent and received.
+    offered = memory.top_k_chunks * (4 * INT64 + 3 * FP32) * together
     # Sent and received, of this block and of the one before or after it.
     partials, gradients = 5 * (dim + 2) * FP32 * together, 4 * (dim + 2) * FP32 * together
     return _BlockBytes(
         search=search,
         attend=retrieved * copies,
-        exchange_forward=group_size * queries * (dim * FP32 * (1 + near + together) + offered + partials),
+        # Queries of this block, of the one before it, whose scores travel, and of the next one.
+        exchange_forward=group_size * queries * (dim * FP32 * (1 + near + (2 + near) * together) + offered + partials),
         exchange_backward=group_size * queries * (dim * FP32 * (3 + near + 2 * together) + gradients),
     )
 
