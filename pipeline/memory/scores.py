@@ -81,7 +81,7 @@ def chosen_scores(view: MemoryView, queries: Queries, slots: Tensor, members: Te
 
 
 def rounding_bound(view: MemoryView, queries: Queries) -> Tensor:
-    """How far the two scores of one chunk may differ.
+    """How far two chunks that score alike one way may be apart the other way: twice what one score may differ.
 
     Args:
         view: The memory layer.
@@ -90,11 +90,11 @@ def rounding_bound(view: MemoryView, queries: Queries) -> Tensor:
     Returns:
         float32 `[Hkv, R, N]`.
     """
-    factor = ROUNDING * view.geometry.scale * view.geometry.encoding.attention_scaling
+    factor = 2 * ROUNDING * view.geometry.scale * view.geometry.encoding.attention_scaling
     bound = queries.far.norm(dim=-1) * view.largest_key[..., None] * factor
     if queries.slopes is None:
         return bound
-    return bound + queries.slopes * (view.settings.num_tokens + view.rule.distance) * 2.0**-22  # adding ALiBi's bias
+    return bound + queries.slopes * (view.settings.num_tokens + view.rule.distance) * 2.0**-21  # adding ALiBi's bias
 
 
 def far_distance(view: MemoryView) -> Tensor:

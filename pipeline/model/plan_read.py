@@ -86,7 +86,10 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     candidates = searched * min(memory.top_k_chunks + MARGIN, run) * (2 * dim * FP32 + FP32 + INT64)
     # Under `document` a mask (one for all heads that share a key/value head) and, for a moment, a masked copy.
     masked = memory.scope == "document"
-    search = scores + max(scores * masked, candidates) + of_a_head * run * masked
+    # ALiBi's bias of keys at their real distance, and that distance.
+    biased = shape.positions == "alibi" and config.memory.position == "true"
+    bias = biased * (scores + of_a_head * run * FP32)
+    search = scores + max(scores * masked, candidates, bias) + of_a_head * run * masked
     retrieved = memory.top_k_tokens * dim
     retrieved *= at_once(queries, retrieved, device=device)
     stored = DTYPES[config.memory_dtype].itemsize

@@ -64,6 +64,9 @@ def start_distributed(*, timeout_s: float) -> torch.device:
     # Two environments that share torch's default folder would each compile again what the other compiled.
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    # Products of float32 tensors as float32: TF32, which containers may switch on, keeps three digits, and which chunks
+    # are retrieved would depend on how the memory is split.
+    torch.set_float32_matmul_precision("highest")
     limit = datetime.timedelta(seconds=timeout_s)
     # DeepSpeed 0.19 makes groups of its own without a time-out. Theirs would be torch's default of 30 minutes, whatever
     # the job's is; torch 2.13 has no public way to change it.

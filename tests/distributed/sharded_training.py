@@ -20,7 +20,6 @@ from tests.tiny_models import tiny_model
 
 SEGMENT = 16
 SEGMENTS_PER_STEP = 4
-LEARNING_RATE = 0.002
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Case:
         vocabulary: Different tokens in the text; few make many chunks alike, so that scores tie.
         token_seed: Of the text.
         segment: Tokens of a segment.
+        learning_rate: Of plain gradient descent.
     """
 
     family: str = "llama"
@@ -44,6 +44,7 @@ class Case:
     vocabulary: int = 96
     token_seed: int = 0
     segment: int = SEGMENT
+    learning_rate: float = 0.002
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def train(case: Case, group_size: int) -> Outcome:
         exchange.traffic.clear()
         with torch.no_grad():
             for parameter in parameters.values():
-                parameter.add_(_gradient(parameter), alpha=-LEARNING_RATE)
+                parameter.add_(_gradient(parameter), alpha=-case.learning_rate)
                 parameter.grad = None
     return Outcome(losses, gradients, ages, traffic, bank.shape.num_chunks * bank.shape.chunk_size)
 

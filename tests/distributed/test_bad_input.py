@@ -140,6 +140,10 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
     empty.mkdir()
     checkpoint = str(folder / "good" / NEWEST)
     return {
+        "group": (
+            {"memory": {"group_size": 3}, "train": {"segments_per_step": 3}},
+            r"memory.group_size does not divide the world size; got: 3 and 2 ranks; do:",
+        ),
         "no data": (
             {"data": {"path": "/nowhere"}},
             r"token store does not exist; got: data.path /nowhere; do: make one",
@@ -235,7 +239,7 @@ def attempts(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 def test_every_case_is_refused_on_both_ranks_in_words(attempts, subtests):
     found, expected = attempts
-    assert len(expected) == 32
+    assert len(expected) == 33
     for name, words in expected.items():
         if name == "fp16" and torch.cuda.is_available():
             continue

@@ -62,5 +62,7 @@ def test_a_group_of_any_size_trains_as_one_rank_does(
 ) -> None:
     (alone,) = found["1", case]
     assert len(set(of(alone["metrics"], "loss"))) == STEPS
+    assert alone["metrics"][-1]["memory_share"] > 0
     for rank in found[world, case]:
+        assert rank["metrics"][-1]["traffic_partials_bytes"] > 0, "memory must be read in another rank's shard"
         assert_same_training(rank, alone, later=LATER_TOLERANCE)

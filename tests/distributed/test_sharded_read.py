@@ -146,6 +146,14 @@ def test_traffic_is_the_formula_whatever_is_remembered(ranks: int) -> None:
         assert (ranks == 4) == any(own.traffic["gradients"] < bound for own in found)
 
 
+def test_many_equal_chunks_are_decided_alike_by_two_shards_and_one() -> None:
+    # Every chunk is there 64 times, with other values: more than the candidates of a search have room for.
+    alone = read(16384, 2, torch.float32, alike=True)
+    for rank, (sharded,) in enumerate(run_ranks(read, 2, 16384, 2, torch.float32, False, True)):
+        torch.testing.assert_close(sharded.values, alone[rank].values, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(sharded.gradient, alone[rank].gradient, atol=TOLERANCE, rtol=0)
+
+
 def test_equal_scores_cost_one_more_exchange() -> None:
     # Every chunk is there 16 times: equal scores straddle the 16th place of many queries, not of all, as the nearest
     # are read at their real distance. A rank sends 4 k bytes for a tied query of the other and 4 for its own.
