@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,13 +50,12 @@ class Sizes:
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Medians of one rank: seconds of the forward and backward pass, bytes sent."""
 
     forward: float
     backward: float
-    sent: int
+    sent: float
 
 
 def shard(sizes: Sizes, exchange: Exchange, segment: int) -> MemoryBank:
@@ -227,7 +227,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--memory", type=int, default=65536)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="reads of a turn")
+    parser.add_argument("--turns", type=int, default=3, help="times that each group size is measured")
     parser.add_argument("--bf16", action="store_true", help="keys and values in bf16")
     parser.add_argument("--ours-only", action="store_true", help="leave the alternatives out")
     arguments = parser.parse_args()
@@ -235,14 +236,19 @@ def main() -> None:
     sizes = Sizes(arguments.tokens, arguments.heads, arguments.head_dim, arguments.memory, dtype)
     titles = f"{'ranks':>5} {'memory':>9} {'way':>10} {'forward s':>10} {'backward s':>11} {'vs G=1':>7}"
     print(f"{titles} {'MB sent':>9} {'formula':>9}")
+    jobs: dict[int, list[tuple[str, Sizes]]] = {size: [("ours", sizes)] for size in arguments.ranks}
+    for size in arguments.ranks if not arguments.ours_only else ():
+        if size > 1:
+            jobs[size] += [("all", sizes), ("retrieved", sizes)]
+        jobs[size].append(("ours", replace(sizes, memory=sizes.memory // 4 * size)))  # fixed memory per rank
+    # Group sizes take turns, so that a machine that drifts slows all alike.
+    turns = [
+        {size: run(size, jobs[size], arguments.rounds) for size in arguments.ranks} for _ in range(arguments.turns)
+    ]
     alone: float | None = None
     for size in arguments.ranks:
-        jobs = [("ours", sizes)]
-        if size > 1 and not arguments.ours_only:
-            jobs += [("all", sizes), ("retrieved", sizes)]
-        if not arguments.ours_only:
-            jobs.append(("ours", replace(sizes, memory=sizes.memory // 4 * size)))  # fixed memory per rank
-        for (way, job), timing in zip(jobs, run(size, jobs, arguments.rounds), strict=True):
+        for number, (way, job) in enumerate(jobs[size]):
+            timing = Timing(*(statistics.median(turn[size][number][part] for turn in turns) for part in range(3)))
             total = timing.forward + timing.backward
             alone = alone or total
             ratio = f"{total / alone:7.2f}" if job.memory == sizes.memory else f"{'-':>7}"
