@@ -139,7 +139,7 @@ def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
 
 
 def _of_heads(view: MemoryView, queries: Queries, run: Run, heads: slice, bound: Tensor) -> Retrieved:
-    """The best of a run for some key/value heads; `bound` `[heads, R, N]` is how far scores may be off."""
+    """The best of a run for some key/value heads; `bound` `[heads, R, N]` as `rounding_bound` gives it."""
     scores = run_scores(view, queries.of_heads(heads), run, heads)
     if view.settings.scope == "document":
         same = queries.documents[:, :, None] == view.slot_documents[:, None, run.start : run.stop]
@@ -177,7 +177,7 @@ def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
 
     Args:
         scores: Candidates' scores, best first, `[Hkv, R, N, w]`.
-        bound: How far they may be off, `[Hkv, R, N]`.
+        bound: As `rounding_bound` gives it, `[Hkv, R, N]`.
         k: Chunks wanted.
 
     Returns:

@@ -32,7 +32,9 @@ def two_engines(config: Config) -> dict[str, Any]:
     from pipeline.training.engines import gather_partitions, partitioned_bytes
     from pipeline.training.loop import train
 
+    torch.set_float32_matmul_precision("high")  # as a container may
     run = build_run(config)
+    assert torch.get_float32_matmul_precision() == "highest", "float32 products are to be float32's"
     assert run.bank is not None
     model, tokens = run.model, probe()
     backbone_engine: Any = model._encode

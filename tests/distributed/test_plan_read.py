@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.memory import attend as attend_module
-from pipeline.memory import search as search_module
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.memory.reader import BankReader, MemoryRead
@@ -20,8 +18,9 @@ from pipeline.memory.view import Geometry, ReadSettings
 from pipeline.model.longmem import DTYPES
 from pipeline.model.plan_read import read_parts
 from pipeline.model.plan_sizes import bank_shape
-from pipeline.model.shapes import known_shape
+from pipeline.model.shapes import BackboneShape, known_shape
 from pipeline.positions import PositionEncoding, PositionRule
+from tests.accelerator import read_as_on_an_accelerator
 from tests.ranks import run_ranks
 from tests.tiny_config import tiny_config
 
@@ -38,14 +37,17 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "accelerator, bf16": {"dtype": "bf16"},
     "accelerator, documents": {"scope": "document"},
     "accelerator, one row": {"scope": "group", "query_block_tokens": 32},
+    "accelerator, ALiBi": {"position": "true"},
 }
 
 
-def as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
-    """Everything at once, and products of rows with a vector as batches of matrix products."""
-    patch.setattr(attend_module, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
-    patch.setattr(search_module, "at_once", lambda count, *_, **__: count)
-    patch.setattr(attend_module, "_dot", lambda rows, vector: torch.bmm(rows, vector[..., None])[..., 0])
+def encoding_of(name: str) -> tuple[BackboneShape, PositionEncoding]:
+    """The backbone of a case, and how its attention knows about distance."""
+    if "ALiBi" in name:
+        return replace(SHAPE, positions="alibi"), PositionEncoding(
+            slopes=1e-5 * torch.arange(1.0, 9.0)
+        )  # keys decide, not distance
+    return SHAPE, PositionEncoding(inv_freq=1e4 ** (-torch.arange(0, 64, 2) / 64))
 
 
 def largest(work: Callable[[], object]) -> tuple[int, int]:
@@ -66,10 +68,10 @@ def settings(case: Mapping[str, Any], group_size: int) -> Any:
     return tiny_config(memory={**memory, **case, "group_size": group_size}, train=train, data={"lanes": LANES})
 
 
-def read(case: Mapping[str, Any], exchange: Exchange) -> dict[str, int]:
+def read(name: str, exchange: Exchange) -> dict[str, int]:
     """Bytes that one read takes for a while, keeps, and that its backward pass takes for a while."""
-    memory = settings(case, exchange.size).memory
-    shape = bank_shape(settings(case, exchange.size), SHAPE, num_layers=1, num_lanes=LANES)
+    config, (backbone, encoding) = settings(CASES[name], exchange.size), encoding_of(name)
+    memory, shape = config.memory, bank_shape(config, backbone, num_layers=1, num_lanes=LANES)
     bank = MemoryBank(shape, dtype=DTYPES[memory.dtype], device=torch.device("cpu"))
     generator, size = torch.Generator().manual_seed(exchange.rank), (LANES, shape.num_kv_heads, SEGMENT, shape.head_dim)
     documents = torch.zeros(LANES, SEGMENT, dtype=torch.int64)
@@ -84,7 +86,7 @@ def read(case: Mapping[str, Any], exchange: Exchange) -> dict[str, int]:
         bank.append([(key, value)], start=(index * exchange.size + exchange.rank) * SEGMENT, documents=documents)
     rule = PositionRule.parse(memory.position)
     of_view = ReadSettings(MEMORY, TOP_K // 4, memory.scope, rule, query_block_tokens=memory.query_block_tokens)
-    geometry = Geometry(PositionEncoding(inv_freq=1e4 ** (-torch.arange(0, 64, 2) / 64)), 0.125)
+    geometry = Geometry(encoding, 0.125)
     start = MEMORY + exchange.rank * SEGMENT
     query = torch.randn(LANES, SHAPE.num_heads, SEGMENT, 64, generator=generator).requires_grad_()
     found: list[MemoryRead] = []
@@ -95,7 +97,7 @@ def read(case: Mapping[str, Any], exchange: Exchange) -> dict[str, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         if memory.device == "accelerator":
-            as_on_an_accelerator(patch)
+            read_as_on_an_accelerator(patch)
         at_most, kept = largest(forward)
         gradient = torch.ones_like(query)
         in_backward, _ = largest(lambda: found[0].values.backward(gradient))
@@ -108,7 +110,7 @@ def read_all(group_size: int) -> dict[str, dict[str, int]]:
     if group_size > 1:
         assert dist.group.WORLD is not None
         exchange = RankGroup(dist.group.WORLD)
-    return {name: read(case, exchange) for name, case in CASES.items()}
+    return {name: read(name, exchange) for name in CASES}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["alone", "group of 2"])
@@ -121,8 +123,9 @@ def measured(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, dict[s
 def test_a_read_takes_what_the_plan_says(measured: tuple[int, list[dict[str, dict[str, int]]]], name: str) -> None:
     group_size, ranks = measured
     config = settings(CASES[name], group_size)
-    bank = bank_shape(config, SHAPE, num_layers=1, num_lanes=LANES)
-    parts = {part.name: part.num_bytes for part in read_parts(config, SHAPE, bank, place=config.memory.device)}
+    backbone, _ = encoding_of(name)
+    bank = bank_shape(config, backbone, num_layers=1, num_lanes=LANES)
+    parts = {part.name: part.num_bytes for part in read_parts(config, backbone, bank, place=config.memory.device)}
     result = LANES * SHAPE.num_heads * SEGMENT * (SHAPE.head_dim + 1) * 4  # values and log-sum-exp
     kept = parts["what reads keep"] + result
     forward = parts["one read of memory"] + kept

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.memory import attend as attend_module
-from pipeline.memory import search as search_module
 from pipeline.memory import view as view_module
+from tests.accelerator import read_as_on_an_accelerator
 from tests.reference import Rules
 from tests.tiny_longmem import bank_bytes
 from tests.unit.memory.worlds import ATTENTIONS, DIM, HEADS, World
@@ -27,8 +26,7 @@ POSITIONS = ["none", "true", "fixed:9", "clamp:14"]
 def numbers_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head or query at a time, a few, all; or all, padded to the most chunks, as an accelerator does it."""
     if request.param == "accelerator":
-        monkeypatch.setattr(attend_module, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
-        monkeypatch.setattr(search_module, "at_once", lambda count, *_, **__: count)
+        read_as_on_an_accelerator(monkeypatch)
     else:
         monkeypatch.setattr(view_module, "CPU_AT_ONCE", request.param)
 
