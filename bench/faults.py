@@ -4,6 +4,11 @@ A tiny model on two ranks of this machine; how the kills are drawn stands in tes
 the losses are not those of an unbroken run to the last bit, or if a checkpoint that was whole was lost.
 
     python bench/faults.py [--kills 200] [--seed 0] [--every-steps 2]
+
+With --finish it starts and finishes whole runs of 1, 2 and 4 ranks beside other work instead, and counts how their
+processes end; ends with 1 if one of them did not exit with 0.
+
+    python bench/faults.py --finish 120 [--busy 2]
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.fault_injection import Job, Kill, Life, exact_record
-from tests.tiny_run import TRAIN_TOKENS, VALIDATION_TOKENS, TinyRun, save_backbone, save_store
+from tests.finishing import finish_runs, finishing_configs
+from tests.tiny_run import save_tiny_run
 
 
 def main() -> None:
@@ -27,16 +33,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-steps", type=int, default=2, help="steps between checkpoints")
+    parser.add_argument("--finish", type=int, metavar="RUNS", help="finish this many runs; kill nobody")
+    parser.add_argument("--busy", type=int, default=2, help="with --finish: processes that keep the machine busy")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if options.finish is not None:
+            sys.exit(finish(Path(folder), num_runs=options.finish, num_busy=options.busy))
         sys.exit(measure(Path(folder), kills=options.kills, seed=options.seed, every_steps=options.every_steps))
 
 
 def measure(folder: Path, *, kills: int, seed: int, every_steps: int) -> int:
     """Runs everything and prints the summary; the exit code."""
-    backbone = save_backbone(folder / "backbone")
-    splits = {"train": TRAIN_TOKENS, "validation": VALIDATION_TOKENS}
-    inputs = TinyRun(backbone, save_store(folder / "data", splits, tokenizer_from=backbone))
+    inputs = save_tiny_run(folder)
     steps = 40 + kills  # a life gets on by less than one
 
     def job(name: str) -> Job:
@@ -62,6 +70,18 @@ def measure(folder: Path, *, kills: int, seed: int, every_steps: int) -> int:
     job("unbroken").finish()
     is_equal = exact_record(folder / "killed") == exact_record(folder / "unbroken")
     return summarize(lives, steps=steps, is_equal=is_equal, minutes=(time.monotonic() - begun) / 60)
+
+
+def finish(folder: Path, *, num_runs: int, num_busy: int) -> int:
+    """Runs everything and prints how often which exit codes came; the exit code."""
+    found = finish_runs(finishing_configs(save_tiny_run(folder), folder), num_runs, num_busy=num_busy)
+    ended = Counter((run["ranks"], run["state"], tuple(run["codes"])) for run in found)
+    for (ranks, state, codes), count in sorted(ended.items(), key=str):
+        print(f"{count} runs of {ranks} rank(s): {state}, exit codes {codes}")
+    for run in found:
+        if any(run["codes"]):
+            print(run["said"])
+    return int(any(code for run in found for code in run["codes"]))
 
 
 def summarize(lives: list[Life], *, steps: int, is_equal: bool, minutes: float) -> int:

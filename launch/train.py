@@ -47,6 +47,7 @@ def _train(config: Config, signals: Signals) -> Ended:
     from eval.perplexity import check_evaluation, evaluate
     from pipeline.distributed.ranks import rank, world_size
     from pipeline.training.build import build_run
+    from pipeline.training.engines import end_distributed
     from pipeline.training.loop import train
     from pipeline.training.summary import summary
 
@@ -63,6 +64,7 @@ def _train(config: Config, signals: Signals) -> Ended:
         print(summary(built.folder), flush=True)
         if ended.reason is not None:
             print(f"stopped after step {ended.step} by {ended.reason}; start again to go on", flush=True)
+    end_distributed()
     return ended
 
 

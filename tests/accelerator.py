@@ -1,6 +1,9 @@
-"""Reads memory on the CPU by the road that an accelerator takes."""
+"""What depends on the accelerator, decided by a test: which precisions it has, by which road memory is read."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,3 +16,13 @@ def read_as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attend, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
     patch.setattr(attend, "_dot", lambda rows, vector: torch.bmm(rows, vector[..., None])[..., 0])
     patch.setattr(search, "at_once", lambda count, *_, **__: count)
+
+
+@contextmanager
+def accelerator_with(*, fp16: bool) -> Iterator[None]:
+    """Decides whether the accelerator says that it computes in fp16. Every CPU can, but only some by themselves."""
+    from deepspeed.accelerator import get_accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: fp16)
+        yield

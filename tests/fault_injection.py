@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -26,13 +25,14 @@ from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damage
 from pipeline.config.schema import Config
 from pipeline.metrics.atomic import write_text
 from pipeline.metrics.record import read_metrics
+from tests.ranks import free_port, rank_environment
 
 WORLD_SIZE = 2
 LIMIT_S = 60.0  # of one life; a job that needs longer hangs
 FINISH_S = 1800.0  # of the last one, which nobody ends
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
 # What a training imports; also what DeepSpeed and transformers import only when an engine starts.
-_PRELOADED = [
+PRELOADED = [
     "datasets",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "pipeline.training.loop",
@@ -117,7 +117,7 @@ class Job:
         self.config, self.notes, self.run = config, notes, Path(config.run.output_dir)
         notes.mkdir(parents=True, exist_ok=True)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context.set_forkserver_preload(PRELOADED)
 
     def finish(self) -> None:
         """Lets it train to the end.
@@ -175,9 +175,7 @@ class Job:
     def _start(self, kill: Kill | None) -> list[BaseProcess]:
         for note in self.notes.iterdir():
             note.unlink()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         ranks: list[BaseProcess] = []
         for rank in range(WORLD_SIZE):
             at = kill.operation if kill is not None and kill.mode == "operation" and kill.victim == rank else None
@@ -242,15 +240,7 @@ class Job:
 
 def _train(rank: int, port: int, config: Config, notes: str, operation: int | None, limit_s: float) -> None:
     """One rank, as a launcher starts it."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    os.environ |= rank_environment(rank, WORLD_SIZE, port)
     log = os.open(Path(notes, f"log_{rank}"), os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -54,7 +54,7 @@ def run_ranks(
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
-        folder, port = Path(name), _free_port()
+        folder, port = Path(name), free_port()
         processes: list[BaseProcess] = [
             context.Process(
                 target=_run_rank, args=(folder, rank, world_size, port, init_process_group, timeout_s, function, args)
@@ -86,16 +86,7 @@ def _run_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    os.environ |= {**rank_environment(rank, world_size, port), "OMP_NUM_THREADS": "1"}
     # Open as long as the process lives: the handler writes when the parent asks, even from within a stuck collective.
     faulthandler.register(signal.SIGUSR1, file=(folder / f"{rank}.stack").open("w"), all_threads=True)
     try:
@@ -112,6 +103,19 @@ def _run_rank(
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         raise SystemExit(1) from None
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank of one machine, and that it stays on it."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
 
 
 def _wait(processes: list[BaseProcess], *, timeout_s: float) -> list[int]:
@@ -158,7 +162,8 @@ def _collect(folder: Path, processes: list[BaseProcess], hung: list[int], *, tim
     return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(len(processes))]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

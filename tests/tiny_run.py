@@ -19,7 +19,7 @@ from pipeline.data.store import STORE_FEATURES, write_store
 from pipeline.data.tokenizer import describe_tokenizer, load_tokenizer
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
-__all__ = ["PROFILES", "TinyRun", "save_backbone", "save_store", "tiny_run"]
+__all__ = ["PROFILES", "TinyRun", "save_backbone", "save_store", "save_tiny_run", "tiny_run"]
 
 VOCABULARY = 300
 LAYERS = 4
@@ -132,10 +132,14 @@ def save_store(folder: Path, splits: Mapping[str, tuple[int, ...]], *, tokenizer
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """A tiny run's inputs, shared by all tests: not to be changed."""
-    folder = tmp_path_factory.mktemp("tiny_run")
+def save_tiny_run(folder: Path) -> TinyRun:
+    """Everything that a tiny run reads."""
     backbone = save_backbone(folder / "backbone")
     splits = {"train": TRAIN_TOKENS, "validation": VALIDATION_TOKENS}
     return TinyRun(backbone, save_store(folder / "data", splits, tokenizer_from=backbone))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A tiny run's inputs, shared by all tests: not to be changed."""
+    return save_tiny_run(tmp_path_factory.mktemp("tiny_run"))

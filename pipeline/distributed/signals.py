@@ -112,7 +112,8 @@ class Signals:
         self._old = {number: signal.signal(number, lambda *_: None) for number in _HANDLED}
         for number in _HANDLED:
             signal.siginterrupt(number, False)  # libraries in C need not expect interrupted calls
-        threading.Thread(target=self._take, daemon=True).start()
+        self._thread = threading.Thread(target=self._take, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -123,6 +124,7 @@ class Signals:
         signal.set_wakeup_fd(self._old_wakeup)
         self._closed.set()
         self._writing.close()
+        self._thread.join(_LAST_WORDS_S)
 
     def _take(self) -> None:
         """The thread: reads the numbers of signals as they come, and looks at the launchers in between."""

@@ -92,6 +92,7 @@ class Watch:
         self._reports: list[Report] = []
         self._places: dict[int, str] = {}
         self._signs: Signs | None = None
+        self._threads: list[threading.Thread] = []
         number = next(_watches)
         if world_size() > 1:
             self._signs, asking = Signs(rank(), number), Signs(rank(), number)
@@ -99,7 +100,8 @@ class Watch:
             self._signs.beat("0")
             barrier()  # from here on every rank has given its signs
             for work, arguments in ((self._look, (asking,)), (self._guard, ())):
-                threading.Thread(target=work, args=arguments, daemon=True).start()
+                self._threads.append(threading.Thread(target=work, args=arguments, daemon=True))
+                self._threads[-1].start()
 
     @property
     def is_ending(self) -> bool:
@@ -121,6 +123,16 @@ class Watch:
         if not self._stopped.is_set():
             self._stopped.set()
             self._tell(lambda signs: signs.beat(DONE.decode()))
+
+    def close(self) -> None:
+        """Stops watching, and waits for its threads.
+
+        One that is in the store's C++ code when the interpreter ends brings the process down ("terminate called without
+        an active exception"), after a good end as after any other.
+        """
+        self.stop()
+        for thread in self._threads:
+            thread.join(self.limits.grace_s)
 
     def end_all(self, words: str) -> None:
         """Has every rank stopped at once, without saving; this one's caller ends it after that.

@@ -83,6 +83,14 @@ def start_distributed(*, timeout_s: float) -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def end_distributed() -> None:
+    """Leaves the job in order. Threads of a process group that is still there when the interpreter ends may crash it.
+
+    Collective: every rank must call it, when all work is done.
+    """
+    torch.distributed.destroy_process_group()
+
+
 def check_precision(config: Config) -> None:
     """Checks that the accelerator can compute in the precision asked for.
 

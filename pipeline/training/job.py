@@ -6,12 +6,12 @@ import errno
 import logging
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config.schema import Config
-from pipeline.distributed.ranks import on_rank_zero, rank, world_size
+from pipeline.distributed.ranks import barrier, on_rank_zero, rank, world_size
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import Watch
 from pipeline.errors import LongMemError, TrainingError
@@ -90,13 +90,17 @@ class Job:
     def end(self, state: Literal["finished", "preempted"], reason: str | None) -> None:
         """The job has done its work.
 
+        Collective: every rank must call it.
+
         Args:
             state: How it ended.
             reason: Why it is not finished, or None.
         """
         if rank() == 0:
             self.status.end(state, reason)
-        self.watch.stop()
+        with suppress(RuntimeError):  # all is done: a rank that is lost now is lost to nobody
+            barrier()  # no watch is to see rank 0's process, which holds the store, end before its own rank is done
+        self.watch.close()
         self._lock.release()
 
     @contextmanager

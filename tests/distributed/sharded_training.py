@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.data.lanes import Lanes
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import gather, world_size
+from pipeline.memory import reader
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.memory.reader import AgeObserver
+from pipeline.memory.search import Retrieved, search
+from pipeline.memory.view import MemoryView, Queries
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
 
 SEGMENT = 16
 SEGMENTS_PER_STEP = 4
+# Sums in another order make queries differ by about 1e-6 of their length, on any processor, and so do weights once they
+# have moved. A choice between two scores that are no further apart is a matter of luck: no case may hang on one.
+CLEAR_CHOICE = 8e-6
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Outcome:
         ages: Ages of all retrieved chunks, by (step, memory layer), sorted.
         traffic: Bytes that this rank sent in the last step, by purpose.
         bank_tokens: Tokens of a lane that this rank has room for.
+        narrowest: The smallest distance between the score of a query's last chunk and that of the best one that it does
+            not read, equal ones aside, in units of |query| |key| scale; infinite if nothing was left out.
     """
 
     losses: list[float]
@@ -64,6 +75,7 @@ class Outcome:
     ages: dict[tuple[int, int], np.ndarray]
     traffic: dict[str, int]
     bank_tokens: int
+    narrowest: float
 
 
 class RandomText:
@@ -79,8 +91,34 @@ class RandomText:
         return self._documents[document][start:stop]
 
 
+@contextmanager
+def measured_choices() -> Iterator[list[float]]:
+    """Collects how narrowly each search decided; `Outcome.narrowest` says in which units."""
+    found = [float("inf")]
+
+    def measuring(view: MemoryView, queries: Queries) -> Retrieved:
+        k, wider = view.settings.top_k_chunks, copy(view)
+        wider.settings = replace(view.settings, top_k_chunks=k + 1)
+        scores = search(wider, queries).scores
+        if scores.shape[-1] > k:
+            unit = queries.far.norm(dim=-1) * view.largest_key[..., None] * view.geometry.scale
+            gaps = (scores[..., k - 1] - scores[..., k]) / unit
+            found.extend(gaps[gaps > 0].tolist())
+        return search(view, queries)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "search", measuring)
+        yield found
+
+
 def train(case: Case, group_size: int) -> Outcome:
     """Trains on every rank of the world, `group_size` ranks to a memory group."""
+    with measured_choices() as gaps:
+        outcome = _train(case, group_size)
+    return replace(outcome, narrowest=min(gaps))
+
+
+def _train(case: Case, group_size: int) -> Outcome:
     group = MemoryGroup.build(group_size, timeout_s=60)
     exchange: Exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
     num_lanes = case.lanes * group_size // world_size()
@@ -108,14 +146,14 @@ def train(case: Case, group_size: int) -> Outcome:
             inputs, targets, documents = map(torch.from_numpy, (segment.tokens, segment.targets, segment.documents))
             encoding = model.encode(inputs, documents)
             model.append(bank, encoding, start=segment.start, documents=documents)
-            reader = model.reader(
+            read_with = model.reader(
                 bank,
                 start=segment.start,
                 documents=documents,
                 exchange=exchange,
                 observe_ages=_recorder(seen),
             )
-            loss = model.losses(model.hidden(encoding, reader), targets).sum() / tokens
+            loss = model.losses(model.hidden(encoding, read_with), targets).sum() / tokens
             loss.backward()
             total += loss.detach()
         for parameter in parameters.values():
@@ -132,7 +170,7 @@ def train(case: Case, group_size: int) -> Outcome:
             for parameter in parameters.values():
                 parameter.add_(_gradient(parameter), alpha=-case.learning_rate)
                 parameter.grad = None
-    return Outcome(losses, gradients, ages, traffic, bank.shape.num_chunks * bank.shape.chunk_size)
+    return Outcome(losses, gradients, ages, traffic, bank.shape.num_chunks * bank.shape.chunk_size, float("inf"))
 
 
 def train_all(cases: list[Case], group_size: int) -> list[Outcome]:

@@ -9,16 +9,17 @@ import pytest
 
 from pipeline.config.schema import Config
 from tests.distributed.engine_runs import assert_same_training, of, with_gradients
+from tests.distributed.sharded_training import CLEAR_CHOICE, measured_choices
 from tests.ranks import run_ranks
 from tests.tiny_run import TinyRun
 
 STEPS, SEGMENTS = 20, 4  # memory of 64 tokens is full after the first step
-# Adam makes a whole step out of the sign of a gradient that is nearly zero, which is rounding, unless epsilon is large;
-# and a query whose k-th and next chunk score alike to the sixth digit reads the other one once weights differ there.
+# Adam makes a whole step out of the sign of a gradient that is nearly zero, which is rounding, unless epsilon is large.
 TRAIN = {"steps": STEPS, "segments_per_step": SEGMENTS, "adam_epsilon": 0.01, "learning_rate": 0.001}
 LATER_TOLERANCE = 2e-3
+# The seeds are those of orders of documents in which every choice of chunks is clear.
 CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "lane": {},
+    "lane": {"run": {"seed": 0}},
     "document": {"memory": {"scope": "document", "position": "true"}, "sidenet": {"activation_checkpointing": True}},
     "group": {"memory": {"scope": "group", "tokens": 32}},
     "paper": {
@@ -33,7 +34,11 @@ RUNS = [(world, case) for world in WORLDS for case in CASES if world != "two of 
 
 def train_all(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
     """Trains with one configuration after another."""
-    return {name: with_gradients(config) for name, config in configs.items()}
+    found = {}
+    for name, config in configs.items():
+        with measured_choices() as gaps:
+            found[name] = {**with_gradients(config), "narrowest": min(gaps)}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,7 @@ def found(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 
     def config(world: str, case: str, group_size: int) -> Config:
         sections: dict[str, Mapping[str, Any]] = {**CASES[case], "train": TRAIN, "checkpoint": {"every_steps": 0}}
+        sections |= {"data": {"lanes": 2}, "sidenet": {"memory_layers": [2, 4], **sections.get("sidenet", {})}}
         sections["memory"] = {**sections.get("memory", {}), "group_size": group_size}
         return tiny_run.config(folder / f"{world} {case}", profile="deep", **sections)
 
@@ -63,6 +69,7 @@ def test_a_group_of_any_size_trains_as_one_rank_does(
     (alone,) = found["1", case]
     assert len(set(of(alone["metrics"], "loss"))) == STEPS
     assert alone["metrics"][-1]["memory_share"] > 0
+    assert alone["narrowest"] > CLEAR_CHOICE, "a choice hangs on rounding: take another seed"
     for rank in found[world, case]:
         assert rank["metrics"][-1]["traffic_partials_bytes"] > 0, "memory must be read in another rank's shard"
         assert_same_training(rank, alone, later=LATER_TOLERANCE)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.distributed.sharded_training import SEGMENT, Case, Outcome, train_all
+from tests.distributed.sharded_training import CLEAR_CHOICE, SEGMENT, Case, Outcome, train_all
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32; partial results are added in another order
-NEARLY_TIED = 2e-3
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
-LATER_TOLERANCE = 2e-3  # the same once weights differ in their last bits (one swapped chunk makes 1e-3)
 DEEP: Mapping[str, Any] = {"layout": "top", "memory_layers": "all", "fusion": "joint"}
 UNIFORM: Mapping[str, Any] = {"layout": "uniform", "fusion": "gate"}
 MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, "query_block_tokens": 6}
@@ -23,27 +21,30 @@ MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, 
 
 def deep(family: str = "llama", *, sidenet: Mapping[str, Any] | None = None, **changes: Any) -> Case:
     """A case with the `deep` profile; memory settings by keyword."""
-    extra = {name: changes.pop(name) for name in ("vocabulary", "steps", "lanes") if name in changes}
+    extra = {name: changes.pop(name) for name in ("vocabulary", "steps", "lanes", "token_seed") if name in changes}
     sections = {"memory": {**MEMORY, **changes}, "sidenet": {**DEEP, **(sidenet or {})}}
     return Case(family, sections, **extra)
 
 
+# The seeds are those of texts in which every choice is clear.
 CASES: Mapping[str, Case] = {
-    "lane_clamp": deep(position="clamp:40"),
-    "document_true": deep(position="true", scope="document"),
-    "group_fixed": deep(position="fixed:30", scope="group"),
-    "group_true_ties": deep(position="true", scope="group", vocabulary=3),
-    "ties_none": deep(position="none", vocabulary=3),
-    "ties_clamp_checkpointed": deep(position="clamp:40", vocabulary=3, sidenet={"activation_checkpointing": True}),
-    "paper": Case("gpt2", {"memory": MEMORY, "sidenet": UNIFORM}),
+    "lane_clamp": deep(position="clamp:40", token_seed=6),
+    "document_true": deep(position="true", scope="document", token_seed=1),
+    "group_fixed": deep(position="fixed:30", scope="group", token_seed=37),
+    "group_true_ties": deep(position="true", scope="group", vocabulary=3, token_seed=17),
+    "ties_none": deep(position="none", vocabulary=3, token_seed=23),
+    "ties_clamp_checkpointed": deep(
+        position="clamp:40", vocabulary=3, token_seed=4, sidenet={"activation_checkpointing": True}
+    ),
+    "paper": Case("gpt2", {"memory": MEMORY, "sidenet": UNIFORM}, token_seed=2),
     "paper_residual": deep("llama", position="none", sidenet={"fusion": "gate", "residual": "paper", "num_layers": 2}),
-    "alibi": deep("bloom", position="clamp:40"),
-    "query_norms": deep("qwen3", position="true"),
-    "faiss": deep(position="clamp:40", search="faiss", vocabulary=3),
-    "odd_memory": deep(tokens=44, position="true", chunk_size=2),
-    "memory_of_one_segment": deep(tokens=16, position="clamp:8"),
-    "memory_larger_than_text": deep(tokens=4096, position="true"),
-    # Weights stand still, and one layer reads: the same chunks to the last one, in every step, long after the overflow.
+    "alibi": deep("bloom", position="clamp:40", token_seed=2),
+    "query_norms": deep("qwen3", position="true", token_seed=1),
+    "faiss": deep(position="clamp:40", search="faiss", vocabulary=3, token_seed=4),
+    "odd_memory": deep(tokens=44, position="true", chunk_size=2, token_seed=7),
+    "memory_of_one_segment": deep(tokens=16, position="clamp:8", token_seed=1),
+    "memory_larger_than_text": deep(tokens=4096, position="true", token_seed=15),
+    # Weights stand still, and one layer reads: the same queries to the last bit, however narrow the choice.
     "still": Case("llama", {"memory": MEMORY, "sidenet": UNIFORM}, steps=8, learning_rate=0.0),
     "still_group_ties": Case(
         "llama",
@@ -52,14 +53,10 @@ CASES: Mapping[str, Case] = {
         vocabulary=3,
         learning_rate=0.0,
     ),
-    "twenty_steps": deep(position="clamp:40", steps=20),
+    "twenty_steps": deep(position="clamp:40", steps=20, lanes=1, token_seed=17, sidenet={"memory_layers": [2, 4]}),
 }
-PARTED = ("lane_clamp", "document_true", "ties_none", "alibi", "paper")  # two groups of two ranks
-
-
-def with_lanes(case: Case, lanes: int) -> Case:
-    """The same case with another number of lanes."""
-    return Case(case.family, case.sections, lanes=lanes, steps=case.steps, vocabulary=case.vocabulary)
+# Two groups of two ranks, two lanes each; with the seeds of their texts.
+PARTED: Mapping[str, int] = {"lane_clamp": 364, "document_true": 3, "ties_none": 249, "alibi": 0, "paper": 0}
 
 
 @pytest.fixture(scope="module")
@@ -74,37 +71,41 @@ def outcomes() -> dict[int, dict[str, list[Outcome]]]:
     }
 
 
-def check_equal(expected: Outcome, got: Outcome, *, is_still: bool = False) -> None:
+def check_equal(expected: Outcome, got: Outcome) -> None:
     """Losses, gradients and retrieved chunks are equal."""
     np.testing.assert_allclose(got.losses, expected.losses, rtol=0, atol=TOLERANCE)
     assert expected.ages.keys() == got.ages.keys()
     for place, ages in expected.ages.items():
-        here, there = Counter(ages.tolist()), Counter(got.ages[place].tolist())
-        other = sum(((here - there) + (there - here)).values())
-        # With equal weights, exactly the same; later, weights that differ in their last bits may swap two chunks that
-        # score almost alike.
-        allowed = 0 if place[0] == 0 or is_still else NEARLY_TIED * len(ages)
-        assert other <= allowed, f"(step, layer) {place}: {other} of {len(ages)}"
-    for step, (wanted, found) in enumerate(zip(expected.gradients, got.gradients, strict=True)):
+        np.testing.assert_array_equal(got.ages[place], ages, err_msg=f"(step, layer) {place}")
+    for wanted, found in zip(expected.gradients, got.gradients, strict=True):
         for name, gradient in wanted.items():
-            bound = TOLERANCE + (LATER_TOLERANCE if step else GRADIENT_TOLERANCE) * np.abs(gradient).max()
+            bound = TOLERANCE + GRADIENT_TOLERANCE * np.abs(gradient).max()
             np.testing.assert_allclose(found[name], gradient, rtol=0, atol=bound, err_msg=name)
+
+
+def check_choices(outcome: Outcome) -> None:
+    """The case retrieves something, and nothing that another order of summation would not."""
+    assert sum(map(len, outcome.ages.values())) > 0, "the case must retrieve something"
+    assert outcome.narrowest > CLEAR_CHOICE, "a choice hangs on rounding: take another token_seed"
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_sharding_changes_nothing(outcomes: dict[int, dict[str, list[Outcome]]], name: str, size: int) -> None:
     expected = outcomes[1][name][0]
-    assert sum(map(len, expected.ages.values())) > 0, "the case must retrieve something"
+    if CASES[name].learning_rate > 0:
+        check_choices(expected)
     for got in outcomes[size][name]:
-        check_equal(expected, got, is_still=CASES[name].learning_rate == 0.0)
+        check_equal(expected, got)
 
 
 def test_two_groups_of_two() -> None:
-    cases = [with_lanes(CASES[name], 4) for name in PARTED]
+    cases = [replace(CASES[name], lanes=4, token_seed=seed) for name, seed in PARTED.items()]
     alone = train_all(cases, 1)
-    for outcome in run_ranks(train_all, 4, cases, 2, timeout_s=200):
-        for expected, got in zip(alone, outcome, strict=True):
+    for outcome in alone:
+        check_choices(outcome)
+    for outcomes in run_ranks(train_all, 4, cases, 2, timeout_s=200):
+        for expected, got in zip(alone, outcomes, strict=True):
             check_equal(expected, got)
 
 

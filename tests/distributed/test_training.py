@@ -19,6 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.data.lanes import Lanes
 from pipeline.data.store import TokenStore
 from pipeline.model.longmem import LongMem, build
+from tests.accelerator import accelerator_with
 from tests.distributed.engine_runs import (
     TOLERANCE,
     assert_same_tensors,
@@ -47,6 +48,7 @@ OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "host": {"memory": {"device": "host"}},
     "bf16 memory": {"memory": {"dtype": "bf16"}},
     "bf16": {"train": {"precision": "bf16"}},
+    "fp16": {"train": {"precision": "fp16"}},
     "no memory": {"memory": {"enabled": False}},
     "document": {"memory": {"scope": "document"}},
     "group": {"memory": {"scope": "group"}},
@@ -83,7 +85,8 @@ def spoil_a_gradient(config: Config) -> dict[str, Any]:
 def on_one_rank(configs: Mapping[str, Config], with_gradients_of: Config, spoiled: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"gradients": with_gradients(with_gradients_of), "spoiled": spoil_a_gradient(spoiled)}
     for name, config in configs.items():
-        run, metrics, evaluations = train_one(config)
+        with accelerator_with(fp16=True):
+            run, metrics, evaluations = train_one(config)
         report = json.loads((run.folder / "evaluation.json").read_text())
         found[name] = {"metrics": metrics, "evaluation": report, "evaluations": evaluations}
     return found
@@ -265,7 +268,7 @@ def test_options_that_change_only_the_order_of_sums(one, option):
     np.testing.assert_allclose(losses(one, option), losses(one, "base"), rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("option", "tolerance"), [("bf16 memory", 0.005), ("bf16", 0.05)])
+@pytest.mark.parametrize(("option", "tolerance"), [("bf16 memory", 0.005), ("bf16", 0.05), ("fp16", 0.05)])
 def test_options_that_round(one, option, tolerance):
     np.testing.assert_allclose(losses(one, option), losses(one, "base"), rtol=tolerance)
     assert losses(one, option) != losses(one, "base")

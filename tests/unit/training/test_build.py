@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
-import torch
 
 from pipeline.checkpoint.folder import Checkpoints
 from pipeline.errors import BackboneError, CheckpointError, ConfigError, DataError
 from pipeline.training.build import check_inputs, find_checkpoint
 from pipeline.training.engines import check_precision, read_backbone_config
+from tests.accelerator import accelerator_with
 from tests.tiny_run import TRAIN_TOKENS, save_store
 
 
@@ -55,10 +55,15 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, text):
         read_backbone_config(str(tmp_path))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this accelerator computes in fp16")
 def test_fp16_is_refused_where_there_is_none(tiny_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"fp16, which this accelerator \(cpu\) does not .*expected: one of fp32"):
-        check_precision(tiny_run.config(tmp_path, train={"precision": "fp16"}))
+    config = tiny_run.config(tmp_path, train={"precision": "fp16"})
+    with (
+        accelerator_with(fp16=False),
+        pytest.raises(ConfigError, match=r"fp16, which this accelerator \(\w+\) does not .*expected: one of fp32"),
+    ):
+        check_precision(config)
+    with accelerator_with(fp16=True):
+        check_precision(config)
     check_precision(tiny_run.config(tmp_path))
 
 
