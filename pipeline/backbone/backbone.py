@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.backbone.encoding import Encoding, KeyValue, LayerCall
 from pipeline.backbone.families import attention_scale, family_of, position_encoding, sliding_window
 from pipeline.backbone.masks import document_mask
+from pipeline.errors import BackboneError
 from pipeline.positions import PositionEncoding
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
@@ -261,10 +262,22 @@ def identity(model: nn.Module, *, gather: Gather = _whole) -> str:
 
     Returns:
         64 hexadecimal digits (SHA-256).
+
+    Raises:
+        BackboneError: A parameter holds something that is not a finite number.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         with gather([parameter]):
+            numbers = parameter.detach().float().cpu().contiguous()
+            ill = int((~numbers.isfinite()).sum())
+            if ill:
+                raise BackboneError(
+                    "the backbone's weights hold numbers that are not finite",
+                    got=f"{ill} of {numbers.numel()} in {name}",
+                    expected=f"finite numbers only, in {parameter.dtype}",
+                    do="check the files in backbone.path, or convert or download the model again",
+                )
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+            digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
+from pipeline.backbone.load import check_weights, read_backbone_config
 from pipeline.checkpoint.folder import Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
@@ -39,7 +40,6 @@ from pipeline.training.engines import (
     Engines,
     check_precision,
     gather_partitions,
-    read_backbone_config,
     start_distributed,
 )
 from pipeline.training.job import Job
@@ -190,6 +190,9 @@ def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str
 
     Returns:
         The model, the SideNet's engine, and the backbone's identity.
+
+    Raises:
+        BackboneError: The backbone's files are missing or damaged, or hold other weights than they should.
     """
     engines = Engines(config)
     causal_lm = engines.load()
@@ -215,9 +218,11 @@ def check_inputs(config: Config) -> Stores:
     train = TokenStore.open(config.data.path, "train")
     check_documents(train, chunk_size=config.memory.chunk_size, num_lanes=config.data.lanes)
     validation = _validation(config, train)
-    backbone_config = read_backbone_config(config.backbone.path).get_text_config()
+    whole_config = read_backbone_config(config.backbone.path)
+    backbone_config = whole_config.get_text_config()
     family_of(backbone_config)
     layout_of(config, backbone_config.num_hidden_layers)
+    check_weights(config.backbone.path, whole_config)
     check_tokenizer(train, load_tokenizer(config.backbone.path))
     return Stores(train, validation)
 

@@ -14,18 +14,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed import distributed_c10d
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.backbone.backbone import Backbone
+from pipeline.backbone.load import load_backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
 from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
 from pipeline.distributed.ranks import rank, world_size
-from pipeline.errors import BackboneError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.model.longmem import DTYPES
 from pipeline.sidenet.sidenet import SideNet
 from pipeline.training.leftovers import lock_extensions_for_life, unlink_shared_buffers
@@ -112,29 +112,6 @@ def check_precision(config: Config) -> None:
         )
 
 
-def read_backbone_config(path: str) -> Any:
-    """Reads a backbone's configuration, before any weight is loaded.
-
-    Args:
-        path: Folder or hub name.
-
-    Returns:
-        The `transformers` configuration of its text model.
-
-    Raises:
-        BackboneError: There is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            "the backbone cannot be loaded",
-            got=f"backbone.path {path!r} ({_first_line(error)})",
-            expected="a Hugging Face model folder (config.json, *.safetensors) or hub name",
-            do="set backbone.path; launch/prepare_backbone.py makes a small one without network",
-        ) from error
-
-
 def gather_partitions(parameters: Any) -> AbstractContextManager[Any]:
     """Makes parameters whole while the context is open, whether partitioned or not; what is written to them is lost.
 
@@ -175,32 +152,14 @@ class Engines:
             The causal LM, each rank holding its part of every parameter.
 
         Raises:
-            BackboneError: Its files are missing or damaged, or lack a weight.
+            BackboneError: As `load_backbone`.
         """
-        path = self._config.backbone.path
-        model: PreTrainedModel
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=DTYPES[self._config.train.precision],
-                attn_implementation=self._config.backbone.attention,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BackboneError(
-                "the backbone's weights cannot be loaded",
-                got=f"backbone.path {path!r} on rank {rank()} ({_first_line(error)})",
-                do="check the folder, or convert or download the model again",
-            ) from error
-        # transformers would put random numbers in their place.
-        lacking = sorted(info["missing_keys"])
-        if lacking:
-            raise BackboneError(
-                "the backbone's files lack weights",
-                got=f"backbone.path {path!r} without {', '.join(lacking[:3])} ({len(lacking)} in all)",
-                do="check the folder, or convert or download the model again",
-            )
-        return model
+        return load_backbone(
+            self._config.backbone.path,
+            dtype=DTYPES[self._config.train.precision],
+            attention=self._config.backbone.attention,
+            who=f" on rank {rank()}",
+        )
 
     def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:
         """Puts both under their engines.
@@ -223,10 +182,6 @@ class Engines:
         )
         backbone_engine.module.eval()
         return backbone_engine, sidenet_engine
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def partitioned_bytes(module: nn.Module) -> int:

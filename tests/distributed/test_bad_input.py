@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.checkpoint.manifest import manifest_text
 from pipeline.config.schema import Config
 from tests.accelerator import accelerator_with
 from tests.ranks import run_ranks
-from tests.tiny_run import TRAIN_TOKENS, VALIDATION_TOKENS, TinyRun, save_backbone, save_store
+from tests.tiny_run import LAYERS, TRAIN_TOKENS, VALIDATION_TOKENS, TinyRun, save_backbone, save_store
 
 STEPS = 4  # a checkpoint every two
 NEWEST = Path("checkpoints") / f"step_{STEPS:08d}"
@@ -118,6 +119,11 @@ def refused(good: Config, damaged: dict[str, Config], others: dict[str, Config])
     return found
 
 
+def changed_settings(backbone: Path, **settings: Any) -> None:
+    path = backbone / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
 def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """Settings that differ, and what must be said."""
     foreign_family = save_backbone(folder / "mamba")
@@ -129,6 +135,14 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
     tensors = load_file(lacking / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    truncated = save_backbone(folder / "truncated")
+    changed_settings(truncated, num_hidden_layers=LAYERS - 1)
+    wider = save_backbone(folder / "wider")
+    changed_settings(wider, hidden_size=64)
+    ill = save_backbone(folder / "ill")
+    tensors = load_file(ill / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, ill / "model.safetensors", metadata={"format": "pt"})
     other_seed = save_backbone(folder / "other_seed", seed=1)
     other_tokenizer = save_backbone(folder / "other_tokenizer", tokenizer_size=299)
 
@@ -172,6 +186,18 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
         "lacking weights": (
             {"backbone": {"path": str(lacking)}},
             r"files lack weights; got: .* without model.layers.2.mlp.up_proj.weight \(1 in all\); do: check",
+        ),
+        "truncated backbone": (
+            {"backbone": {"path": str(truncated)}},
+            r"weights of layers that its config.json does not ask for.* with model.layers.3.* do: put back the config",
+        ),
+        "wider backbone": (
+            {"backbone": {"path": str(wider)}},
+            r"of other shapes than .* model.embed_tokens.weight \[300, 32\] .*expected: \[300, 64\]; do: put back",
+        ),
+        "not a number": (
+            {"backbone": {"path": str(ill)}},
+            r"not finite; got: 1 of 1536 in model.layers.2.mlp.up_proj.weight; .*do: check the files",
         ),
         "lanes": (
             {"data": {"lanes": 5}},
@@ -240,7 +266,7 @@ def attempts(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 def test_every_case_is_refused_on_both_ranks_in_words(attempts, subtests):
     found, expected = attempts
-    assert len(expected) == 33
+    assert len(expected) == 36
     for name, words in expected.items():
         with subtests.test(name):
             for number in (0, 1):

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from pipeline.checkpoint.folder import Checkpoints
-from pipeline.errors import BackboneError, CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.training.build import check_inputs, find_checkpoint
-from pipeline.training.engines import check_precision, read_backbone_config
+from pipeline.training.engines import check_precision
 from tests.accelerator import accelerator_with
 from tests.tiny_run import TRAIN_TOKENS, save_store
 
@@ -43,16 +43,6 @@ def test_a_layer_that_is_not_there_is_refused(tiny_run, tmp_path):
         ConfigError, match=r"sidenet.memory_layers is \[3\]; expected different SideNet layers from 1 to 2"
     ):
         check_inputs(config)
-
-
-@pytest.mark.parametrize("text", [None, "{}", '{"model_type": "nonsense"}', "{"])
-def test_a_folder_that_is_no_model_is_refused(tmp_path, text):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(
-        BackboneError, match="the backbone cannot be loaded; got: backbone.path .*; do: set backbone.path"
-    ):
-        read_backbone_config(str(tmp_path))
 
 
 def test_fp16_is_refused_where_there_is_none(tiny_run, tmp_path):
