@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from pipeline.distributed.ranks import gather
 
 Result = TypeVar("Result")
+_POLL_S = 0.5
 
 
 class Background(Generic[Result]):
@@ -44,3 +47,15 @@ class Background(Generic[Result]):
             self.result = self._work()
         except Exception as error:  # whatever it is, the main thread says it on every rank
             self.error = error
+
+
+def wait_for_all(task: Background[Any] | None) -> None:
+    """Waits until the work of every rank has ended, however long it takes: no collective waits for it and times out.
+
+    Collective: every rank must call it.
+
+    Args:
+        task: This rank's work, or None.
+    """
+    while not all(gather(task is None or task.is_done(wait_s=_POLL_S))):
+        pass

@@ -36,6 +36,8 @@ from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
+TOKEN_STORE = "token store"
+"""Name of a part of the identity that older checkpoints do not have."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +226,11 @@ class Checkpoints:
             CheckpointError: It is damaged, or belongs to another run.
         """
         manifest = read_manifest(checkpoint)
+        saved = manifest["identity"]
         other = {
-            name: (manifest["identity"].get(name), value)
+            name: (saved.get(name), value)
             for name, value in self.identity.items()
-            if manifest["identity"].get(name) != value
+            if saved.get(name) != value and (name in saved or name != TOKEN_STORE)
         }
         if other:
             raise CheckpointError(

@@ -87,6 +87,9 @@ class DataConfig(Section):
 
     path: Text
     """Folder made by `launch/prepare_data.py`, with `train/` and optionally `validation/`."""
+    verify: Literal["full", "size"] = "full"
+    """What is checked of the store when a run starts: `full` reads all of it and compares hashes, while the backbone
+    is loaded; `size` compares the sizes of its files."""
     lanes: Count
     """Rows of the training stream, over the whole job and not per rank. The memory groups must divide them."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -15,14 +16,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.hashes import FileHash, check_hashes, check_sizes, hash_folder, hash_tokens
 from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer, tokenizer_identity
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FORMAT_VERSION", "SplitInfo", "StoreInfo", "TokenStore", "check_tokenizer", "is_store", "write_store"]
-__all__ += ["STORE_FEATURES", "list_lengths", "tokenizer_identity"]
+__all__ = ["FORMAT_VERSION", "SplitInfo", "StoreInfo", "TokenStore", "add_hashes", "check_tokenizer", "is_store"]
+__all__ += ["STORE_FEATURES", "list_lengths", "tokenizer_identity", "write_store"]
 
 FORMAT_VERSION = 1
 STORE_FEATURES = datasets.Features(tokens=datasets.List(datasets.Value("int32")), source=datasets.Value("string"))
@@ -40,6 +42,8 @@ class SplitInfo:
         min_document_tokens: Length of the shortest document.
         max_document_tokens: Length of the longest document.
         length_histogram: Number of documents by length: key ``2**n`` counts lengths from there to ``2**(n+1) - 1``.
+        tokens_sha256: What ``hash_tokens`` says of the documents; None in a store that was made without hashes.
+        files: What each file was when it was written, by name; empty likewise.
     """
 
     num_documents: int
@@ -47,6 +51,8 @@ class SplitInfo:
     min_document_tokens: int
     max_document_tokens: int
     length_histogram: dict[str, int]
+    tokens_sha256: str | None = None
+    files: dict[str, FileHash] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class TokenStore:
         self.lengths: npt.NDArray[np.int64] = list_lengths(column)
         self._column = column
         self._sources = sources
+        self._num_ids = info.tokenizer.vocab_size
         self._files = self._stamps()
 
     @classmethod
@@ -124,6 +131,7 @@ class TokenStore:
             ) from error
         store = cls(path, split, info=info, column=table.column("tokens"), sources=table.column("source"))
         store._check_counts()
+        check_sizes(path / split, info.splits[split].files)
         return store
 
     @property
@@ -132,9 +140,31 @@ class TokenStore:
         return len(self.lengths)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """Tokens ``start`` to ``stop`` (exclusive; None: the end) of one document, int64; only these are read."""
+        """Reads some tokens of one document, and no others.
+
+        Args:
+            document: Its number.
+            start: The first.
+            stop: The one after the last; None: the end.
+
+        Returns:
+            The tokens, int64.
+
+        Raises:
+            DataError: A token is none of the vocabulary's.
+        """
         stored: npt.NDArray[np.int32] = self._column[document].values.to_numpy(zero_copy_only=True)
-        return stored[start:stop].astype(np.int64)
+        tokens = stored[start:stop].astype(np.int64)
+        foreign = np.flatnonzero((tokens < 0) | (tokens >= self._num_ids))
+        if len(foreign):
+            raise DataError(
+                "the token store holds a token that is not in the vocabulary",
+                got=f"{tokens[foreign[0]]} in {self.path / self.split}, document {document} ({self.source(document)}), "
+                f"token {start + foreign[0]}",
+                expected=f"0 to {self._num_ids - 1}, as its tokenizer {self.info.tokenizer.name!r} has",
+                do=_PREPARE,
+            )
+        return tokens
 
     def source(self, document: int) -> str:
         """Where the document came from: a file, with line or row where there are several in a file."""
@@ -154,6 +184,27 @@ class TokenStore:
                 got=f"other size or time of change, or gone: {', '.join(changed)}",
                 do="put the store back as it was and start again, or start a new run.output_dir with the new one",
             )
+
+    @property
+    def identity(self) -> str | None:
+        """Says which tokens the documents have: equal stores of the same split have the same. None: made without."""
+        return self.info.splits[self.split].tokens_sha256
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that ``verify`` reads."""
+        return sum(file.size for file in self.info.splits[self.split].files.values())
+
+    def verify(self, *, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Read all files and check that they are what was written. Files of a store made without hashes are not read.
+
+        Args:
+            progress: Told the bytes that were read, block by block.
+
+        Raises:
+            DataError: A file was altered, or cannot be read.
+        """
+        check_hashes(self.path / self.split, self.info.splits[self.split].files, progress=progress)
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
         """Size in bytes and time of the last change in ns of the files of this split; none if they are gone."""
@@ -194,11 +245,45 @@ def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, t
     for split, dataset in splits.items():
         assert len(dataset) > 0, f"the split {split} is empty"
         dataset.save_to_disk(str(folder / split))
-        written = datasets.load_from_disk(str(folder / split), keep_in_memory=False)
-        infos[split] = _count(list_lengths(written.data.column("tokens")))
+        infos[split] = _describe(folder / split)
     info = StoreInfo(format_version=FORMAT_VERSION, tokenizer=tokenizer, splits=infos)
-    (folder / _INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    _write_info(folder, info)
     return info
+
+
+def add_hashes(folder: str | Path) -> StoreInfo:
+    """Add to a store that was made without hashes what its files are now.
+
+    Args:
+        folder: The folder of the store.
+
+    Returns:
+        What its store.json now says.
+
+    Raises:
+        DataError: It is no store, is damaged, or has hashes, which are not replaced.
+    """
+    folder = Path(folder).expanduser()
+    info = _read_info(folder)
+    if any(counts.files for counts in info.splits.values()):
+        raise DataError("the token store has hashes already", got=folder, do="prepare the data again if it was altered")
+    for split in info.splits:
+        TokenStore.open(folder, split)  # its counts are checked
+    info = replace(info, splits={split: _describe(folder / split) for split in info.splits})
+    _write_info(folder, info)
+    return info
+
+
+def _write_info(folder: Path, info: StoreInfo) -> None:
+    partial = folder / f".{_INFO_FILE}.partial"
+    partial.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / _INFO_FILE)
+
+
+def _describe(split: Path) -> SplitInfo:
+    """Counts and hashes of a split that was written."""
+    column = datasets.load_from_disk(str(split), keep_in_memory=False).data.column("tokens")
+    return replace(_count(list_lengths(column)), tokens_sha256=hash_tokens(column), files=hash_folder(split))
 
 
 def is_store(folder: Path) -> bool:
@@ -240,13 +325,17 @@ def _read_info(path: Path) -> StoreInfo:
         whole = json.loads((path / _INFO_FILE).read_text(encoding="utf-8"))
         version = whole["format_version"]
         if version == FORMAT_VERSION:
-            splits = {split: SplitInfo(**counts) for split, counts in whole["splits"].items()}
+            splits = {split: _split_info(**counts) for split, counts in whole["splits"].items()}
             return StoreInfo(version, TokenizerInfo(**whole["tokenizer"]), splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "the token store is damaged: store.json cannot be read", got=f"{path / _INFO_FILE} ({error})", do=_PREPARE
         ) from error
     raise DataError("the token store has another format version", got=version, expected=FORMAT_VERSION, do=_PREPARE)
+
+
+def _split_info(*, files: Mapping[str, Mapping[str, Any]] | None = None, **counts: Any) -> SplitInfo:
+    return SplitInfo(**counts, files={name: FileHash(**file) for name, file in (files or {}).items()})
 
 
 def list_lengths(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.backbone.load import check_weights, read_backbone_config
-from pipeline.checkpoint.folder import Checkpoints, StateOwner
+from pipeline.checkpoint.background import Background, wait_for_all
+from pipeline.checkpoint.folder import TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
 from pipeline.checkpoint.reshard import ShardPlace
@@ -28,7 +30,8 @@ from pipeline.data.lanes import Lanes, check_documents
 from pipeline.data.store import TokenStore, check_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
-from pipeline.distributed.ranks import check_agreement, on_rank_zero, together, world_size
+from pipeline.distributed.launchers import local_rank
+from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, together, world_size
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
 from pipeline.memory.bank import MemoryBank
@@ -62,16 +65,32 @@ class Stores:
     train: TokenStore
     validation: TokenStore | None
 
+    @property
+    def opened(self) -> list[TokenStore]:
+        """Those that there are."""
+        return [store for store in (self.train, self.validation) if store is not None]
+
+    def verify(self) -> None:
+        """Reads the stores and checks that they are what was written; shows how far it is if that takes long.
+
+        Raises:
+            DataError: One is not, or cannot be read.
+        """
+        num_bytes = sum(store.num_bytes for store in self.opened)
+        words = "checking the token store"
+        with tqdm(total=num_bytes, desc=words, unit="B", unit_scale=True, delay=5, disable=rank() != 0) as bar:
+            for store in self.opened:
+                store.verify(progress=bar.update)
+
     def check_unchanged(self) -> None:
         """Checks on one rank of each machine that the stores are what they were when they were opened.
 
         Raises:
             DataError: One is not; on that rank only.
         """
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            for store in (self.train, self.validation):
-                if store is not None:
-                    store.check_unchanged()
+        if local_rank(os.environ) == 0:
+            for store in self.opened:
+                store.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -131,9 +150,11 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     split = together(lambda: check_world(config, world_size()))
     together(lambda: check_precision(config))
     stores = together(lambda: check_inputs(config))
+    reads_all = config.data.verify == "full" and local_rank(os.environ) == 0  # one rank of each machine
+    verification = Background(stores.verify) if reads_all else None
     folder = job.folder
     on_rank_zero(lambda: check_folder(folder, config))
-    resume_from = together(lambda: find_checkpoint(config, folder))
+    resume_from = together(lambda: find_checkpoint(config, folder, token_store=stores.train.identity))
     check_agreement("the checkpoint to go on from", str(resume_from))  # a file system may show others to some
     job.begin(0 if resume_from is None else int(read_manifest(resume_from)["step"]))
     group = MemoryGroup.build(
@@ -144,6 +165,9 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     _seed(config.run.seed)
     job.watch.at("loading the backbone")
     model, engine, backbone_identity = build_model(config, device)
+    job.watch.at("checking the token store")
+    wait_for_all(verification)
+    together(lambda: _raise(None if verification is None else verification.error))
     lanes = _lanes(config, stores.train, split, group.number)
     bank = model.bank(split.lanes_per_group, group_size=group.size) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
@@ -153,7 +177,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
         folder / "checkpoints",
         keep=config.checkpoint.keep,
         group_size=config.memory.group_size,
-        identity=_identity(config, model, backbone_identity),
+        identity=_identity(config, model, backbone_identity, stores.train.identity),
         timeout_s=config.run.collective_timeout_s,
     )
     owners: list[StateOwner] = [
@@ -216,6 +240,11 @@ def check_inputs(config: Config) -> Stores:
         LongMemError: Something does not fit.
     """
     train = TokenStore.open(config.data.path, "train")
+    if train.identity is None:
+        logger.warning(
+            "%s was made without hashes: changes are not noticed; do: launch/prepare_data.py --add-hashes %s",
+            *(config.data.path, config.data.path),
+        )
     check_documents(train, chunk_size=config.memory.chunk_size, num_lanes=config.data.lanes)
     validation = _validation(config, train)
     whole_config = read_backbone_config(config.backbone.path)
@@ -227,12 +256,13 @@ def check_inputs(config: Config) -> Stores:
     return Stores(train, validation)
 
 
-def find_checkpoint(config: Config, folder: Path) -> Path | None:
+def find_checkpoint(config: Config, folder: Path, *, token_store: str | None = None) -> Path | None:
     """Finds the checkpoint that `run.resume` asks for.
 
     Args:
         config: The settings.
         folder: The run folder.
+        token_store: Identity of what is trained on; None: not compared.
 
     Returns:
         Its folder, or None: start anew.
@@ -247,7 +277,7 @@ def find_checkpoint(config: Config, folder: Path) -> Path | None:
         folder / "checkpoints",
         keep=config.checkpoint.keep,
         group_size=config.memory.group_size,
-        identity=_identity_of_settings(config),
+        identity=_identity_of_settings(config, token_store),
     )
     if config.run.resume == "auto":
         return checkpoints.newest()
@@ -265,28 +295,35 @@ def _validation(config: Config, train: TokenStore) -> TokenStore | None:
     return store
 
 
-def _identity(config: Config, model: LongMem, backbone_identity: str) -> dict[str, Any]:
+def _identity(config: Config, model: LongMem, backbone: str, token_store: str | None) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that loads it."""
     layout = model.sidenet.layout
     return {
-        **_identity_of_settings(config),
-        "backbone": backbone_identity,
+        **_identity_of_settings(config, token_store),
+        "backbone": backbone,
         "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
     }
 
 
-def _identity_of_settings(config: Config) -> dict[str, Any]:
+def _identity_of_settings(config: Config, token_store: str | None) -> dict[str, Any]:
     """The part of `_identity` that is known before the backbone is loaded."""
     known: dict[str, Any] = {
         "precision": config.train.precision,
         "memory": config.memory.enabled,
         "segments_per_step": config.train.segments_per_step,  # a step must end with the last rank of every group
     }
+    if token_store is not None:
+        known[TOKEN_STORE] = token_store
     if config.memory.enabled and config.memory.scope == "group":
         # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
         groups = world_size() // config.memory.group_size
         known["memory groups (the lanes of one share a bank, as memory.scope is 'group')"] = groups
     return known
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:

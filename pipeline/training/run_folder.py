@@ -36,7 +36,7 @@ CHANGEABLE = {
     "checkpoint": {"every_steps", "every_minutes", "keep", "memory"},
     "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
     "backbone": {"path"},  # its identity hash is compared instead
-    "data": {"path"},  # likewise
+    "data": {"path", "verify"},  # likewise
 }
 
 

@@ -16,11 +16,9 @@ from typing import Any
 
 from deepspeed.checkpoint import ds_to_universal
 
-from pipeline.checkpoint.background import Background
+from pipeline.checkpoint.background import Background, wait_for_all
 from pipeline.distributed.ranks import barrier, gather, rank
 from pipeline.errors import CheckpointError
-
-_POLL_S = 0.5
 
 
 def load_universal(engine: Any, folder: Path, tag: str, *, scratch: Path) -> None:
@@ -102,10 +100,9 @@ def _as_universal(engine: Any) -> Iterator[None]:
 
 
 def _on_rank_zero_patiently(work: Callable[[], None]) -> None:
-    """As `on_rank_zero`, but no collective waits for the work, however long it takes: it would time out."""
+    """As `on_rank_zero`, but however long it takes."""
     task = Background(work) if rank() == 0 else None
-    while not gather(task is None or task.is_done(wait_s=_POLL_S))[0]:
-        pass
+    wait_for_all(task)
     error = None if task is None else task.error
     words = gather(None if error is None else f"{type(error).__name__}: {error}")[0]
     if words is not None:

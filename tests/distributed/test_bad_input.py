@@ -124,6 +124,23 @@ def changed_settings(backbone: Path, **settings: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
+def alter_in_place(store: Path) -> None:
+    """One byte of the tokens is another one."""
+    (arrow,) = (store / "train").glob("*.arrow")
+    content = bytearray(arrow.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrow.write_bytes(content)
+
+
+def forget_hashes(store: Path) -> None:
+    """As stores were made before they had any."""
+    path = store / "store.json"
+    whole = json.loads(path.read_text())
+    for counts in whole["splits"].values():
+        del counts["files"], counts["tokens_sha256"]
+    path.write_text(json.dumps(whole))
+
+
 def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """Settings that differ, and what must be said."""
     foreign_family = save_backbone(folder / "mamba")
@@ -151,6 +168,10 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
 
     broken_store = store("broken", train=TRAIN_TOKENS, validation=VALIDATION_TOKENS)
     (Path(broken_store) / "validation" / "state.json").unlink()
+    altered = store("altered", train=TRAIN_TOKENS, validation=VALIDATION_TOKENS)
+    alter_in_place(Path(altered))
+    unhashed = store("unhashed", train=TRAIN_TOKENS[::-1])
+    forget_hashes(Path(unhashed))
     empty = folder / "empty_data"
     empty.mkdir()
     checkpoint = str(folder / "good" / NEWEST)
@@ -233,7 +254,19 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
         ),
         "other data": (
             {"run": {"resume": checkpoint}, "data": {"path": store("others", train=TRAIN_TOKENS[::-1])}},
+            r"belongs to another run; got: token store '\w{64}'; expected: token store '\w{64}'; do: start with",
+        ),
+        "other data of a store without hashes": (
+            {"run": {"resume": checkpoint}, "data": {"path": unhashed}},
             r"state of the lanes comes from other data or settings",
+        ),
+        "altered data": (
+            {"data": {"path": altered}},
+            r"damaged, or was altered; got: .*train: data-\S+ has another content than .*; do: put the store back",
+        ),
+        "data altered after a checkpoint": (
+            {"run": {"resume": checkpoint}, "data": {"path": altered}},
+            r"damaged, or was altered; got: .*train: data-\S+ has another content than .*; do: put the store back",
         ),
     }
 
@@ -266,7 +299,7 @@ def attempts(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 def test_every_case_is_refused_on_both_ranks_in_words(attempts, subtests):
     found, expected = attempts
-    assert len(expected) == 36
+    assert len(expected) == 39
     for name, words in expected.items():
         with subtests.test(name):
             for number in (0, 1):

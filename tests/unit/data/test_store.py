@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from hashlib import sha256
 
 import datasets
 import numpy as np
 import pytest
 
 from pipeline.data.held_out import held_out_documents
-from pipeline.data.store import STORE_FEATURES, TokenStore, check_tokenizer, write_store
+from pipeline.data.store import STORE_FEATURES, TokenStore, add_hashes, check_tokenizer, write_store
 from pipeline.data.tokenizer import TokenizerInfo
 from pipeline.errors import DataError
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -48,6 +49,14 @@ def test_what_is_written_is_read_back(folder):
 
 def test_store_json_by_hand(folder):
     whole = json.loads((folder / "store.json").read_text())
+    for split, documents in (("train", DOCUMENTS), ("validation", [[1, 2, 3, 4]])):
+        counts = whole["splits"][split]
+        read = {path.name: path.read_bytes() for path in (folder / split).iterdir()}
+        hashes = {name: {"size": len(raw), "sha256": sha256(raw).hexdigest()} for name, raw in read.items()}
+        assert len(hashes) == 3 and counts.pop("files") == hashes
+        lengths = np.array([len(document) for document in documents], "<i8")
+        tokens = np.array([token for document in documents for token in document], "<i4")
+        assert counts.pop("tokens_sha256") == sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
     assert whole == {
         "format_version": 1,
         "tokenizer": {"identity": "ab" * 32, "name": "some/model", "vocab_size": 300},
@@ -123,6 +132,94 @@ def test_counts_that_differ_from_store_json_are_an_error(folder):
     change_info(folder, lambda whole: whole["splits"]["train"].update(num_tokens=28))
     with pytest.raises(DataError, match="5 documents, 27 tokens.*expected: 5 documents, 28 tokens"):
         TokenStore.open(folder)
+
+
+def alter_a_token(folder):
+    """As a disk or a person might: one token is another, and nothing else is changed."""
+    (arrow,) = (folder / "train").glob("*.arrow")
+    content = arrow.read_bytes()
+    old, new = (np.arange(first, 116, dtype="<i4").tobytes() for first in (100, 101))
+    assert content.count(old) == 1
+    arrow.write_bytes(content.replace(old, new + np.array([7], "<i4").tobytes()))
+
+
+def test_tokens_that_were_altered_in_place_are_found_when_all_is_read(folder):
+    read: list[int] = []
+    store = TokenStore.open(folder)
+    store.verify(progress=read.append)
+    assert sum(read) == store.num_bytes == sum(path.stat().st_size for path in (folder / "train").iterdir())
+    alter_a_token(folder)
+    store = TokenStore.open(folder)
+    assert store.tokens(2, 15).tolist() == [7]
+    words = r"altered; got: .*train: data-00000-of-00001.arrow has another content than when it was written; do: put"
+    with pytest.raises(DataError, match=words):
+        store.verify()
+
+
+def test_another_size_is_found_without_reading(folder):
+    state = folder / "train" / "state.json"
+    state.write_text(state.read_text() + "\n")
+    with pytest.raises(DataError, match=r"altered; got: .*train: state.json has another size, or is missing; do: put"):
+        TokenStore.open(folder)
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
+    store = TokenStore.open(folder)
+
+    def unreadable(path, **_):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("pipeline.data.hashes.FileHash.of", unreadable)
+    with pytest.raises(DataError, match=r"store cannot be read; got: .*train/data-\S+ \(Input/output error\); do: put"):
+        store.verify()
+
+
+def test_the_identity_is_that_of_the_tokens(folder, tmp_path):
+    identity = TokenStore.open(folder).identity
+    write_store(tmp_path / "again", {"train": rows(DOCUMENTS)}, tokenizer=TOKENIZER)
+    assert TokenStore.open(tmp_path / "again").identity == identity
+    moved = [[5, 6], [7, 1], *DOCUMENTS[2:]]  # the same tokens, cut elsewhere
+    write_store(tmp_path / "moved", {"train": rows(moved)}, tokenizer=TOKENIZER)
+    assert TokenStore.open(tmp_path / "moved").identity != identity
+
+
+def without_hashes(whole):
+    for counts in whole["splits"].values():
+        del counts["files"], counts["tokens_sha256"]
+
+
+def test_a_store_of_before_gets_hashes_afterwards(folder):
+    with_hashes = json.loads((folder / "store.json").read_text())
+    change_info(folder, without_hashes)
+    store = TokenStore.open(folder)
+    assert store.identity is None and store.num_bytes == 0
+    store.verify()
+    add_hashes(folder)
+    assert json.loads((folder / "store.json").read_text()) == with_hashes
+    assert sorted(path.name for path in folder.iterdir()) == ["store.json", "train", "validation"]
+
+
+def test_hashes_are_not_replaced_nor_given_to_a_damaged_store(folder):
+    alter_a_token(folder)
+    with pytest.raises(DataError, match=r"has hashes already; got: .*; do: prepare the data again"):
+        add_hashes(folder)
+    change_info(folder, without_hashes)
+    change_info(folder, lambda whole: whole["splits"]["train"].update(num_tokens=28))
+    with pytest.raises(DataError, match="damaged: a split does not hold what store.json says"):
+        add_hashes(folder)
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_a_token_outside_the_vocabulary_is_named(tmp_path, token):
+    documents = [[5, 6], [7, 8, 9, token, 2]]
+    write_store(tmp_path, {"train": rows(documents)}, tokenizer=TOKENIZER)
+    store = TokenStore.open(tmp_path)
+    assert store.tokens(1, 0, 3).tolist() == [7, 8, 9]
+    words = (
+        rf"not in the vocabulary; got: {token} in .*train, document 1 \(file-1\), token 3; expected: 0 to 299.*; do:"
+    )
+    with pytest.raises(DataError, match=words):
+        store.tokens(1, 2)
 
 
 def test_an_empty_document_is_an_error(tmp_path):

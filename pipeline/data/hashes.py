@@ -1,0 +1,124 @@
+"""What the files of a token store are, and what its tokens are: so that a store altered in place is found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import DataError
+
+_BLOCK_BYTES = 1 << 22
+_WRITTEN_ANEW = "put the store back as it was, or prepare the data again with launch/prepare_data.py"
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """One file of a store.
+
+    Attributes:
+        size: Bytes.
+        sha256: 64 hexadecimal digits.
+    """
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, *, progress: Callable[[int], object] = lambda _: None) -> FileHash:
+        """Reads a file; `progress` is told the bytes of each block."""
+        found, size = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                found.update(block)
+                size += len(block)
+                progress(len(block))
+        return cls(size, found.hexdigest())
+
+
+def hash_folder(folder: Path) -> dict[str, FileHash]:
+    """Hashes the files of a split.
+
+    Args:
+        folder: The split's folder.
+
+    Returns:
+        By name.
+    """
+    return {path.name: FileHash.of(path) for path in sorted(folder.iterdir())}
+
+
+def hash_tokens(column: pa.ChunkedArray) -> str:
+    """Says which tokens documents have, however the files that hold them are cut.
+
+    Args:
+        column: Documents, `list<int32>`.
+
+    Returns:
+        SHA-256 of all lengths, then of all tokens: 64 hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for chunk in column.chunks:
+        found.update(np.diff(chunk.offsets.to_numpy()).astype("<i8").tobytes())
+    for chunk in column.chunks:
+        found.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype="<i4").data)
+    return found.hexdigest()
+
+
+def check_sizes(folder: Path, files: Mapping[str, FileHash]) -> None:
+    """Checks what can be seen without reading.
+
+    Args:
+        folder: A split's folder.
+        files: What its files were when they were written.
+
+    Raises:
+        DataError: A file is missing or has another size.
+    """
+    _raise_if(
+        folder, [name for name, file in files.items() if _size(folder / name) != file.size], "size, or is missing"
+    )
+
+
+def check_hashes(folder: Path, files: Mapping[str, FileHash], *, progress: Callable[[int], object]) -> None:
+    """Reads all files of a split.
+
+    Args:
+        folder: As `check_sizes`.
+        files: As `check_sizes`.
+        progress: Told the bytes that were read, block by block.
+
+    Raises:
+        DataError: A file cannot be read, or has another content than when it was written.
+    """
+    altered = []
+    for name, file in files.items():
+        try:
+            if FileHash.of(folder / name, progress=progress) != file:
+                altered.append(name)
+        except OSError as error:
+            raise DataError(
+                "the token store cannot be read", got=f"{folder / name} ({error.strerror})", do=_WRITTEN_ANEW
+            ) from error
+    _raise_if(folder, altered, "content than when it was written")
+
+
+def _raise_if(folder: Path, names: Iterable[str], other: str) -> None:
+    found = sorted(names)
+    if found:
+        raise DataError(
+            "the token store is damaged, or was altered",
+            got=f"{folder}: {', '.join(found)} has another {other}",
+            do=_WRITTEN_ANEW,
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
