@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32; partial results are added in another order
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
+LATER_TOLERANCE = 5e-4  # the same once weights differ in their last bits
 DEEP: Mapping[str, Any] = {"layout": "top", "memory_layers": "all", "fusion": "joint"}
 UNIFORM: Mapping[str, Any] = {"layout": "uniform", "fusion": "gate"}
 MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, "query_block_tokens": 6}
@@ -21,7 +22,11 @@ MEMORY: Mapping[str, Any] = {"tokens": 96, "chunk_size": 4, "top_k_tokens": 12, 
 
 def deep(family: str = "llama", *, sidenet: Mapping[str, Any] | None = None, **changes: Any) -> Case:
     """A case with the `deep` profile; memory settings by keyword."""
-    extra = {name: changes.pop(name) for name in ("vocabulary", "steps", "lanes", "token_seed") if name in changes}
+    extra = {
+        name: changes.pop(name)
+        for name in ("vocabulary", "steps", "lanes", "token_seed", "learning_rate")
+        if name in changes
+    }
     sections = {"memory": {**MEMORY, **changes}, "sidenet": {**DEEP, **(sidenet or {})}}
     return Case(family, sections, **extra)
 
@@ -53,7 +58,9 @@ CASES: Mapping[str, Case] = {
         vocabulary=3,
         learning_rate=0.0,
     ),
-    "twenty_steps": deep(position="clamp:40", steps=20, lanes=1, token_seed=17, sidenet={"memory_layers": [2, 4]}),
+    "twenty_steps": deep(
+        position="clamp:40", steps=20, learning_rate=0.001, token_seed=6, sidenet={"memory_layers": [3]}
+    ),
 }
 # Two groups of two ranks, two lanes each; with the seeds of their texts.
 PARTED: Mapping[str, int] = {"lane_clamp": 364, "document_true": 3, "ties_none": 249, "alibi": 169, "paper": 7}
@@ -77,9 +84,9 @@ def check_equal(expected: Outcome, got: Outcome) -> None:
     assert expected.ages.keys() == got.ages.keys()
     for place, ages in expected.ages.items():
         np.testing.assert_array_equal(got.ages[place], ages, err_msg=f"(step, layer) {place}")
-    for wanted, found in zip(expected.gradients, got.gradients, strict=True):
+    for step, (wanted, found) in enumerate(zip(expected.gradients, got.gradients, strict=True)):
         for name, gradient in wanted.items():
-            bound = TOLERANCE + GRADIENT_TOLERANCE * np.abs(gradient).max()
+            bound = TOLERANCE + (LATER_TOLERANCE if step else GRADIENT_TOLERANCE) * np.abs(gradient).max()
             np.testing.assert_allclose(found[name], gradient, rtol=0, atol=bound, err_msg=name)
 
 
