@@ -64,6 +64,10 @@ class Timed:
 
         return timed
 
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """As the owner's."""
+        self.owner.check(folder, saved)
+
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """As the owner's."""
         begun = time.perf_counter()

@@ -12,7 +12,7 @@ from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.manifest import digest, files_below
 from pipeline.checkpoint.shelf import Shelf
 from pipeline.distributed.ranks import gather, rank, world_size
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, LongMemError
 
 
 class Writing:
@@ -98,11 +98,11 @@ def change(shelf: Shelf, step: int, work: Callable[[], None]) -> None:
     Raises:
         CheckpointError: It failed.
     """
-    error = None
+    error: Exception | None = None
     try:
         if rank() == 0:
             work()
-    except OSError as caught:
+    except (OSError, LongMemError) as caught:
         error = caught
     words = gather(describe(error))[0]
     if words is not None:

@@ -135,7 +135,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     on_rank_zero(lambda: check_folder(folder, config))
     resume_from = together(lambda: find_checkpoint(config, folder))
     check_agreement("the checkpoint to go on from", str(resume_from))  # a file system may show others to some
-    job.begin(0 if resume_from is None else int(read_manifest(resume_from)["step"]))
+    job.begin(0 if resume_from is None else read_manifest(resume_from).step)
     group = MemoryGroup.build(
         config.memory.group_size,
         timeout_s=limits.collective_s,
