@@ -21,7 +21,8 @@ from pipeline.checkpoint.folder import SavedWorld
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import barrier, rank, world_size
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, LongMemError
+from pipeline.training.pickles import check_engine_files, engine_files, in_a_line, restricted
 from pipeline.training.universal import load_universal, plainly_named
 
 _TAG = "engine"
@@ -78,6 +79,25 @@ class EngineOwner:
             return error
         return None
 
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """Checks DeepSpeed's files, which are pickles, without running code from them; the ranks share the work.
+
+        Args:
+            folder: The owner's folder.
+            saved: The ranks that wrote it.
+
+        Raises:
+            DamageError: A file is missing, or holds what DeepSpeed did not put there.
+        """
+        names = engine_files(folder / _TAG, saved.world_size)
+        check_engine_files(
+            folder / _TAG,
+            names[rank() :: world_size()],
+            weights={name: tensor.shape for name, tensor in self.engine.module.state_dict().items()},
+            num_groups=len(self.engine.optimizer.bit16_groups),
+            num_ranks=saved.world_size,
+        )
+
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Reads weights and this rank's optimizer shard back; those of another number of ranks are split anew.
 
@@ -90,6 +110,19 @@ class EngineOwner:
         Raises:
             CheckpointError: DeepSpeed found no state there, or could not convert it.
         """
+        try:
+            with restricted():
+                self._load(folder, saved)
+        except LongMemError:
+            raise
+        except Exception as error:  # DeepSpeed checks little of what it finds
+            raise CheckpointError(
+                f"rank {rank()} could not load the SideNet's state from {folder}",
+                got=in_a_line(error),
+                do="see what the log says of other ranks, or resume from another checkpoint",
+            ) from error
+
+    def _load(self, folder: Path, saved: SavedWorld) -> None:
         if saved.world_size != world_size():
             load_universal(self.engine, folder, _TAG, scratch=self.scratch)
             return
