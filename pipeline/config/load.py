@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.fields import all_settings, nearest_setting, section_models
+from pipeline.config.output import readers_may_leave
 from pipeline.config.reference import help_text
 from pipeline.config.rules import rule_problems
 from pipeline.config.schema import Config, dotted
@@ -73,7 +74,8 @@ def load_from_command_line(argv: Sequence[str]) -> Config:
     """
     line = parse_command_line(argv)
     if line.wants_help:
-        sys.stdout.write(help_text())
+        with readers_may_leave():
+            sys.stdout.write(help_text())
         raise SystemExit(0)
     if line.config_path is None:
         raise ConfigError(["--config FILE is required; do: name one of configs/*.yaml"], source="command line")
