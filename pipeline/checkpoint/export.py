@@ -35,8 +35,8 @@ def export(source: Path, output: Path) -> Path:
         The checkpoint that was exported.
 
     Raises:
-        CheckpointError: The output exists already or cannot be written, there is no checkpoint, or it is damaged; nothing
-            was written.
+        CheckpointError: The output exists already or cannot be written, there is no checkpoint, or it is damaged;
+            nothing was written.
     """
     if os.path.lexists(output):
         raise CheckpointError("the output exists already; nothing was written", got=output, do="name a new folder")

@@ -24,7 +24,6 @@ from pipeline.distributed.ranks import gather, rank, together, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank
 
-
 _FAR = 2**53  # beyond what any run reads
 _LANES_BYTES = 1 << 30
 

@@ -16,6 +16,7 @@ SMALL_BYTES = 16 << 20
 """More than any file holds that a person or a run writes to say something about a run."""
 _SHOWN = 200
 _SHOWN_DIGITS = 40
+_DEEP = 100
 
 
 class Typed(BaseModel):
@@ -29,8 +30,8 @@ class _Short(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 5, _SHOWN, _SHOWN
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 20
+        self.maxlevel, self.maxstring, self.maxother = 3, _SHOWN, _SHOWN
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 40
 
     def repr_int(self, x: int, level: int) -> str:
         """Python itself refuses to write more than 4,300 digits."""
@@ -52,12 +53,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
 
 
-def read_small(path: Path, *, limit: int = SMALL_BYTES) -> str:
+def read_small(path: Path, *, limit: int = SMALL_BYTES, may_be_pipe: bool = False) -> str:
     """Reads a text file that should be small.
 
     Args:
         path: The file.
         limit: Bytes that it may have.
+        may_be_pipe: Whether a person named it, who may have written `<(...)`.
 
     Returns:
         Its text.
@@ -67,11 +69,11 @@ def read_small(path: Path, *, limit: int = SMALL_BYTES) -> str:
         ValueError: It is larger, or not UTF-8.
     """
     # Opening a pipe would wait for somebody who writes into it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | (0 if may_be_pipe else os.O_NONBLOCK)), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode) and not may_be_pipe:
             raise OSError(errno.EINVAL, "Not a plain file", str(path))
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -93,9 +95,30 @@ def parse_json(text: str, **kwargs: Any) -> Any:
         ValueError: It is not JSON, is nested too deep, or holds a number of thousands of digits.
     """
     try:
-        return json.loads(text, **kwargs)
+        value = json.loads(text, **kwargs)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(_DEEP):
+        if not level:
+            return value
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    raise ValueError("it is nested too deep")  # for what goes through it by calling itself
+
+
+def short(text: object) -> str:
+    """A name as a message writes it: as it is, cut where it is long.
+
+    Args:
+        text: Text, or what stands in its place.
+
+    Returns:
+        The text.
+    """
+    if not isinstance(text, str):
+        return shown(text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def what_is_wrong(error: ValidationError) -> str:

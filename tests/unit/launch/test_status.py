@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
-
 from pathlib import Path
 
 import pytest
