@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder, or a folder of run folders")
-    rows, problems = [HEADER], []
+    rows: list[Row] = [HEADER]
+    problems = []
     for given in parser.parse_args(arguments).runs:
         found = _runs(given)
         rows += [_row(run) for run in found]

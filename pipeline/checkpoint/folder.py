@@ -59,6 +59,9 @@ class StateOwner(Protocol):
 
     name: str
 
+    def least_bytes(self) -> int:
+        """Bytes that `save` writes on this rank at least: more than is free is not begun."""
+
     def save(self, folder: Path) -> Callable[[], None] | None:
         """Writes this rank's part, or takes a snapshot of it that can be written while training goes on.
 
@@ -131,13 +134,15 @@ class Checkpoints:
         self.publish_if_written(wait=True)
         names = [owner.name for owner in owners]
         work = self._shelf.folder / f"writing_{step:08d}"
-        change(self._shelf, step, lambda: self._shelf.begin(work, names))
+        needed = sum(gather(sum(owner.least_bytes() for owner in owners)))
+        change(self._shelf, step, lambda: self._shelf.begin(work, names, needed=needed), needed=needed)
         try:
             rests = [owner.save(work / owner.name) for owner in owners]
         except (OSError, RuntimeError, SafetensorError) as error:
             # Some owners save with collectives, so the others cannot be told: they end when this rank has left the job.
-            raise unwritten(self._shelf, step, {rank(): f"{describe(error)}"}) from error
-        self._writing = Writing(self._shelf, step, work, rests)
+            words = f"{describe(error, self._shelf.folder, needed)}"
+            raise unwritten(self._shelf, step, {rank(): words}) from error
+        self._writing = Writing(self._shelf, step, work, rests, needed=needed)
         return self._shelf.place(step)
 
     def publish_if_written(self, *, wait: bool = False) -> None:
@@ -267,6 +272,7 @@ class Checkpoints:
             self._shelf,
             writing.step,
             lambda: self._shelf.publish(writing.step, writing.work, manifest_text(content)),
+            needed=writing.needed,
         )
 
     def _verify(self, checkpoint: Path, owners: Sequence[StateOwner]) -> Manifest:

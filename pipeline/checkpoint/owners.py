@@ -68,6 +68,10 @@ class MemoryOwner:
     def __init__(self, bank: MemoryBank, place: ShardPlace, *, store: bool, replay: Callable[[], None]) -> None:
         self.bank, self.place, self.store, self.replay = bank, place, store, replay
 
+    def least_bytes(self) -> int:
+        """Of the keys and values that are remembered."""
+        return self.bank.filled_bytes() if self.store else 0
+
     def save(self, folder: Path) -> Callable[[], None] | None:
         """Takes a snapshot of the filled part of the shard.
 
@@ -136,6 +140,10 @@ class LanesOwner:
     def __init__(self, lanes: HoldsJson) -> None:
         self.lanes = lanes
 
+    def least_bytes(self) -> int:
+        """Too few to count."""
+        return 0
+
     def save(self, folder: Path) -> Callable[[], None]:
         """Takes the state of the lanes.
 
@@ -196,6 +204,10 @@ class RandomOwner:
     """
 
     name = "random"
+
+    def least_bytes(self) -> int:
+        """Too few to count."""
+        return 0
 
     def save(self, folder: Path) -> Callable[[], None]:
         """Takes the generators' states.

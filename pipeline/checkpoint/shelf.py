@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.room import free_bytes
 from pipeline.config.untrusted import read_small, shown
 from pipeline.errors import CheckpointError
 from pipeline.metrics.atomic import write_text
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 _BACK_TO = "back_to"
 _NOTE_BYTES = 1 << 16
+_SURELY = 0.75  # a file system that compresses holds somewhat more than it has
 
 
 def step_of(name: str, *, kind: str = "step") -> int | None:
@@ -95,15 +97,24 @@ class Shelf:
         except (OSError, ValueError) as error:
             return f"nothing that can be read ({error})"
 
-    def begin(self, work: Path, names: Sequence[str]) -> None:
+    def begin(self, work: Path, names: Sequence[str], *, needed: int = 0) -> None:
         """Makes the folders to write to; what an interrupted save or removal left behind goes.
 
         Args:
             work: The folder to write to, `writing_*`.
             names: Of the folders inside.
+            needed: Bytes that will be written at least.
+
+        Raises:
+            OSError: They cannot be made, or there is surely no room. Old checkpoints that this one replaces do not
+                count: they are there until it is whole.
         """
         self._clear()
-        work.mkdir(parents=True)
+        free = free_bytes(self.folder)
+        if free is not None and free < _SURELY * needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.folder.mkdir(exist_ok=True)  # without its parents: a run folder that was removed is not made again
+        work.mkdir()
         for name in names:
             (work / name).mkdir()
 

@@ -105,7 +105,7 @@ class StatusFile:
         self.folder, self.steps = folder, steps
         self._step = 0
         self._world_size = 1
-        self._has_begun = self._has_ended = False
+        self._has_begun = self._has_ended = self._has_written = False
         self._written_at = 0.0
         self._lock = threading.RLock()
 
@@ -160,8 +160,11 @@ class StatusFile:
             )
             text = json.dumps(status.model_dump(), indent=1) + "\n"
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                # A run may fail before it has its folder; one that was removed is not made again.
+                if not self._has_written:
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 _write(self.folder / STATUS_NAME, text)
+                self._has_written = True
                 self._written_at = time.monotonic()
             except OSError as error:
                 logger.error("%s cannot be written (%s); it would say: %s, %s", STATUS_NAME, error, state, reason)

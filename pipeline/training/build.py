@@ -145,7 +145,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     job.watch.at("loading the backbone")
     model, engine, backbone_identity = build_model(config, device)
     lanes = _lanes(config, stores.train, split, group.number)
-    bank = model.bank(split.lanes_per_group, group_size=group.size) if config.memory.enabled else None
+    bank = _bank(model, split, group) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
     exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
     trainer = Trainer(model, engine, lanes, bank, exchange=exchange, timer=timer, num_segments=split.accumulation_steps)
@@ -164,6 +164,10 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     if bank is not None:
         owners.append(_memory_owner(config, model, lanes, bank, exchange))
     return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
+
+
+def _bank(model: LongMem, split: WorldSplit, group: MemoryGroup) -> MemoryBank:
+    return together(lambda: model.bank(split.lanes_per_group, group_size=group.size))
 
 
 def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:

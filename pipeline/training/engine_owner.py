@@ -26,6 +26,7 @@ from pipeline.training.pickles import check_engine_files, engine_files, in_a_lin
 from pipeline.training.universal import load_universal, plainly_named
 
 _TAG = "engine"
+FP32_BYTES = 4
 
 
 class EngineOwner:
@@ -41,6 +42,15 @@ class EngineOwner:
 
     def __init__(self, engine: Any, config: Config, *, scratch: Path) -> None:
         self.engine, self.config, self.scratch = engine, config, scratch
+
+    def least_bytes(self) -> int:
+        """Of the optimizer's part of this rank; on rank 0 also of the weights, for DeepSpeed and in fp32."""
+        optimizer = self.engine.optimizer
+        held = [*optimizer.single_partition_of_fp32_groups]
+        held += [value for state in optimizer.optimizer.state.values() for value in state.values()]
+        bytes_held = sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+        weights = list(self.engine.module.parameters()) if rank() == 0 else []
+        return bytes_held + sum(weight.numel() * (weight.element_size() + FP32_BYTES) for weight in weights)
 
     def save(self, folder: Path) -> Callable[[], None]:
         """Writes weights and this rank's optimizer shard for DeepSpeed, and the weights once more for everyone else.

@@ -7,12 +7,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.checkpoint.folder import Checkpoints, SavedWorld
 from pipeline.checkpoint.manifest import DamageError, digest, manifest_text, read_manifest
@@ -29,6 +31,9 @@ class Counter:
         (folder / "deeper").mkdir()
         (folder / "deeper" / "value").write_text(str(self.value))
         return None
+
+    def least_bytes(self) -> int:
+        return 0
 
     def check(self, folder: Path, saved: SavedWorld) -> None:
         text = (folder / "deeper" / "value").read_text()
@@ -221,6 +226,56 @@ def test_writing_that_fails_in_the_background_is_said_after_the_next_step_and_le
     assert found.newest() == path
     save(found, 3)
     assert names(tmp_path) == ["latest", "step_00000003"]
+
+
+class Large(Counter):
+    """Says that it writes 1,000 bytes at least."""
+
+    def least_bytes(self) -> int:
+        return 1000
+
+
+@pytest.mark.parametrize("free", [0, 749])
+def test_a_save_that_surely_has_no_room_is_not_begun(tmp_path, monkeypatch, free):
+    found = checkpoints(tmp_path, keep=1)
+    path = save(found, 1, [Counter("one", 1)])
+    for module in ("shelf", "room"):
+        monkeypatch.setattr(f"pipeline.checkpoint.{module}.free_bytes", lambda _: free)
+    words = (
+        r"could not write the checkpoint of step 2; older ones are untouched; got: no room on the disk, .*needed: at "
+        rf"least 1,000 bytes, free: {free} bytes in /.*/checkpoints; do: see to"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        found.save(2, [Large("one", 2)])
+    assert names(tmp_path) == ["latest", "step_00000001"] and found.newest() == path
+
+
+@pytest.mark.parametrize("free", [750, 10**12, None])
+def test_a_save_that_may_have_room_is_begun(tmp_path, monkeypatch, free):
+    found = checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr("pipeline.checkpoint.shelf.free_bytes", lambda _: free)
+    assert save(found, 2, [Large("one", 2)]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_want"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 894592 vs 894496"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (RuntimeError("some other bug"), False),
+    ],
+)
+def test_what_torch_makes_of_a_full_disk_is_said_in_words(tmp_path, error, is_want):
+    class Failing(Large):
+        def save(self, folder: Path) -> Callable[[], None] | None:
+            raise error
+
+    with pytest.raises(CheckpointError, match=re.escape(str(error))) as caught:
+        checkpoints(tmp_path).save(2, [Failing("one")])
+    assert ("needed: at least 1,000 bytes, free: " in str(caught.value)) == is_want
 
 
 def test_writing_that_never_ends_ends_the_run(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def lines_of(text):
 
 
 NOW = datetime.now(timezone.utc).isoformat(timespec="seconds")
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "naive time": ({"time": "2026-01-31T12:00:00"}, "time is '2026-01-31T12:00:00' (Value error, a time without its"),
     "odd time": ({"time": "yesterday"}, "time is 'yesterday' (Value error, Invalid isoformat"),
     "a number for the time": ({"time": 1700000000}, "time is 1700000000 (Input should be a valid string)"),
@@ -75,7 +76,7 @@ WRONG = {
     "half a rank": ({"world_size": 1.5}, "world_size is 1.5 ("),
     "another state": ({"state": "paused"}, "state is 'paused' (Input should be 'running', 'finished', 'preempted' or"),
 }
-JUNK = {
+JUNK: dict[str, str | bytes] = {
     "a list": "[]",
     "nothing": "",
     "deep": "[" * 100_000,
