@@ -64,6 +64,14 @@ class Timed:
 
         return timed
 
+    def least_bytes(self) -> int:
+        """As the owner's."""
+        return self.owner.least_bytes()
+
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """As the owner's."""
+        self.owner.check(folder, saved)
+
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """As the owner's."""
         begun = time.perf_counter()

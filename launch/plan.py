@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import explained
 from pipeline.config.load import load_config
+from pipeline.config.output import readers_may_leave
 
 SHAPES = ("gpt2-medium", "llama-3-8b", "llama-3-70b")
 
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     shape = known_shape(options.shape) if options.shape else read_shape(config.backbone.path)
     plan = make_plan(config, shape, world_size=options.nodes * options.gpus_per_node)
-    print(plan_text(plan, gpus_per_node=options.gpus_per_node, gpu_memory_gib=options.gpu_memory_gib))
+    with readers_may_leave():
+        print(plan_text(plan, gpus_per_node=options.gpus_per_node, gpu_memory_gib=options.gpu_memory_gib))
 
 
 def _count(text: str) -> int:

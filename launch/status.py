@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import explained
+from pipeline.config.output import readers_may_leave
 from pipeline.errors import DataError
 from pipeline.metrics.status import STATUS_NAME, Status, read_status
 from pipeline.training.run_lock import is_held
 
 HEADER = ("run", "state", "step", "last sign", "ranks", "host", "reason")
 _MARKS = (STATUS_NAME, "config.yaml")
+_CELL = 1000  # characters
+
+Row = tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,37 +35,75 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder, or a folder of run folders")
-    rows = [HEADER, *(_row(run) for given in parser.parse_args(arguments).runs for run in _runs(given))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    for row in rows:
+    rows: list[Row] = [HEADER]
+    problems = []
+    for given in parser.parse_args(arguments).runs:
+        found = _runs(given)
+        rows += [_row(run) for run in found]
+        if not found:
+            problems.append(given)
+    if len(rows) > 1:
+        with readers_may_leave():
+            _print(rows)
+    if problems:
+        raise DataError(
+            "there is no run",
+            got=", ".join(map(str, problems)),
+            expected="a run folder, or a folder of them",
+            do="give run.output_dir",
+        )
+
+
+def _print(rows: Sequence[Row]) -> None:
+    shown = [tuple(_cell(cell) for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(HEADER))]
+    for row in shown:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _runs(folder: Path) -> Iterator[Path]:
+def _cell(text: str) -> str:
+    """One line of what any terminal can show, whatever stands in a file or is the name of a folder."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _CELL else line[:_CELL] + "..."
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _runs(folder: Path) -> list[Path]:
     """The run folders that an argument means."""
-    below = sorted(folder.glob("*/")) if folder.is_dir() else []
-    found = [run for run in ([folder] if _is_run(folder) else below) if _is_run(run)]
-    if not found:
-        raise DataError(
-            "there is no run", got=str(folder), expected="a run folder, or a folder of them", do="give run.output_dir"
-        )
-    yield from found
+    if _is_run(folder):
+        return [folder]
+    try:
+        below = sorted(path for path in folder.iterdir() if os.path.isdir(path))
+    except OSError:
+        return []
+    return [run for run in below if _is_run(run)]
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in _MARKS)
+    """Whether a folder holds what a run writes; one that cannot be looked into may, and is shown with what is wrong."""
+    for mark in _MARKS:
+        try:
+            os.lstat(folder / mark)
+        except PermissionError:
+            return True
+        except (OSError, ValueError):
+            continue
+        return True
+    return False
 
 
-def _row(run: Path) -> tuple[str, ...]:
+def _row(run: Path) -> Row:
     try:
         status = read_status(run)
     except DataError as error:
-        return (str(run), "unknown", "", "", "", "", " ".join(str(error).split()))
+        return (str(run), "unknown", "", "", "", "", str(error))
     if status is None:
         return (str(run), "unknown", "", "", "", "", f"no {STATUS_NAME}")
     steps = f"{status.step}/{status.steps}"
     state, reason = _state(run, status)
-    return (str(run), state, steps, _age(status.age_s), str(status.world_size), status.host, " ".join(reason.split()))
+    return (str(run), state, steps, _age(status.age_s), str(status.world_size), status.host, reason)
 
 
 def _state(run: Path, status: Status) -> tuple[str, str]:

@@ -20,11 +20,14 @@ class LongMemError(Exception):
 
     Attributes:
         on_all_ranks: Whether every rank raises it at the same place, so that nobody need be told.
+        got: As given.
     """
 
     on_all_ranks = False
+    got: object = None
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, do: str | None = None) -> None:
+        self.got = got
         parts = [what]
         if got is not None:
             parts.append(f"got: {got}")

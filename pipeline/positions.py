@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 
-_RULE = re.compile(r"none|true|(?:fixed|clamp):[1-9][0-9]*")
+_RULE = re.compile(r"none|true|(?:fixed|clamp):[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class PositionRule:
             ConfigError: The text is none of these.
         """
         if not _RULE.fullmatch(text):
-            raise ConfigError([f"memory.position is {text!r}; expected none, true, fixed:N or clamp:N with N >= 1"])
+            raise ConfigError(
+                [f"memory.position is {text!r}; expected none, true, fixed:N or clamp:N with 1 <= N < 1e9"]
+            )
         kind, _, distance = text.partition(":")
         return cls(kind, int(distance or 0))
 

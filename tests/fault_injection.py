@@ -304,7 +304,7 @@ def whole_checkpoints(folder: Path) -> list[int]:
     """
     steps = []
     for checkpoint in sorted(folder.glob("step_*")):
-        files = read_manifest(checkpoint)["files"]
+        files = read_manifest(checkpoint).files
         check_names_and_sizes(checkpoint, files)
         assert damaged(checkpoint, files, sorted(files)) == []
         steps.append(int(checkpoint.name.removeprefix("step_")))

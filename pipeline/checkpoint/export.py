@@ -8,11 +8,15 @@ DIR/model.safetensors   the SideNet's weights, fp32, by their names in the model
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damaged, raise_damage, read_manifest
+from pipeline.checkpoint.room import room_words
 from pipeline.checkpoint.shelf import Shelf
 from pipeline.errors import CheckpointError
 
@@ -31,29 +35,54 @@ def export(source: Path, output: Path) -> Path:
         The checkpoint that was exported.
 
     Raises:
-        CheckpointError: The output exists already, there is no checkpoint, or it is damaged; nothing was written.
+        CheckpointError: The output exists already or cannot be written, there is no checkpoint, or it is damaged;
+            nothing was written.
     """
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         raise CheckpointError("the output exists already; nothing was written", got=output, do="name a new folder")
     checkpoint = _find(source)
     manifest = read_manifest(checkpoint)
-    check_names_and_sizes(checkpoint, manifest["files"])
-    raise_damage(checkpoint, damaged(checkpoint, manifest["files"], sorted(manifest["files"])))
-    weights = manifest["files"][f"{_OWNER}/{WEIGHTS}"]
-    about = {"step": manifest["step"], "sha256": weights["sha256"], **manifest["identity"]}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
+    check_names_and_sizes(checkpoint, manifest.files)
+    raise_damage(checkpoint, damaged(checkpoint, manifest.files, sorted(manifest.files)))
+    wanted = [f"{_OWNER}/{part}" for part in (WEIGHTS, SETTINGS)]
+    raise_damage(checkpoint, [f"{name} is not in its manifest" for name in wanted if name not in manifest.files])
+    about = {"step": manifest.step, "sha256": manifest.files[wanted[0]].sha256, **manifest.identity}
+    try:
+        _write(checkpoint, output, about)
+    except OSError as error:
+        needed = sum(manifest.files[name].size for name in wanted)
+        raise CheckpointError(
+            "the output cannot be written; nothing is left of it",
+            got=f"{output} ({error}); {room_words(output, needed)}",
+            do="name a new folder where you may write and where there is room",
+        ) from error
+    return checkpoint
+
+
+def _write(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
+    made = [parent for parent in output.absolute().parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _write_below(checkpoint, output, about)
+    except OSError:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _write_below(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{output.name[:50]}-", dir=output.parent) as name:
         whole = Path(name, "whole")
         whole.mkdir()
         for part in (WEIGHTS, SETTINGS):
             shutil.copyfile(checkpoint / _OWNER / part, whole / part)
         (whole / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         whole.rename(output)
-    return checkpoint
 
 
 def _find(source: Path) -> Path:
-    if (source / MANIFEST).is_file():
+    if os.path.isfile(source / MANIFEST):
         return source
     found = Shelf(source / "checkpoints", keep=1).newest_first()
     if not found:

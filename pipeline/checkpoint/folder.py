@@ -23,14 +23,16 @@ from safetensors import SafetensorError
 from pipeline.checkpoint.manifest import (
     FORMAT,
     DamageError,
+    Manifest,
     check_names_and_sizes,
     damaged,
     manifest_text,
     raise_damage,
     read_manifest,
 )
-from pipeline.checkpoint.shelf import LATEST, Shelf
+from pipeline.checkpoint.shelf import LATEST, Shelf, step_of
 from pipeline.checkpoint.writing import Writing, change, describe, unwritten
+from pipeline.config.untrusted import shown
 from pipeline.distributed.ranks import check_agreement, gather, on_rank_zero, rank, together, world_size
 from pipeline.errors import CheckpointError
 
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 TOKEN_STORE = "token store"
 """Name of a part of the identity that older checkpoints do not have."""
+_NAMED, _REASON = 10, 300  # damaged checkpoints in one message, and characters on each
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class StateOwner(Protocol):
 
     name: str
 
+    def least_bytes(self) -> int:
+        """Bytes that `save` writes on this rank at least: more than is free is not begun."""
+
     def save(self, folder: Path) -> Callable[[], None] | None:
         """Writes this rank's part, or takes a snapshot of it that can be written while training goes on.
 
@@ -69,6 +75,17 @@ class StateOwner(Protocol):
         Returns:
             The rest of the writing, from a snapshot, to be run on a thread of this rank: it holds no collective. None
             if everything is written.
+        """
+
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """Checks, before any state is read, that this rank's part can be read; changes nothing, holds no collective.
+
+        Args:
+            folder: The folder that `save` wrote; its files are what the manifest says.
+            saved: The ranks that wrote it.
+
+        Raises:
+            DamageError: It cannot: hashes show accidents, not a manifest that was written to fit.
         """
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
@@ -99,6 +116,7 @@ class Checkpoints:
         self.group_size, self.identity, self.timeout_s = group_size, dict(identity), timeout_s
         self._shelf = Shelf(folder, keep=keep)
         self._writing: Writing | None = None
+        self._damage: dict[str, str] = {}
 
     def save(self, step: int, owners: Sequence[StateOwner]) -> Path:
         """Begins to save all state after an optimizer step; waits for the save before it.
@@ -118,13 +136,15 @@ class Checkpoints:
         self.publish_if_written(wait=True)
         names = [owner.name for owner in owners]
         work = self._shelf.folder / f"writing_{step:08d}"
-        change(self._shelf, step, lambda: self._shelf.begin(work, names))
+        needed = sum(gather(sum(owner.least_bytes() for owner in owners)))
+        change(self._shelf, step, lambda: self._shelf.begin(work, names, needed=needed), needed=needed)
         try:
             rests = [owner.save(work / owner.name) for owner in owners]
         except (OSError, RuntimeError, SafetensorError) as error:
             # Some owners save with collectives, so the others cannot be told: they end when this rank has left the job.
-            raise unwritten(self._shelf, step, {rank(): f"{describe(error)}"}) from error
-        self._writing = Writing(self._shelf, step, work, rests)
+            words = f"{describe(error, self._shelf.folder, needed)}"
+            raise unwritten(self._shelf, step, {rank(): words}) from error
+        self._writing = Writing(self._shelf, step, work, rests, needed=needed)
         return self._shelf.place(step)
 
     def publish_if_written(self, *, wait: bool = False) -> None:
@@ -163,14 +183,14 @@ class Checkpoints:
             CheckpointError: There are checkpoints, but none is whole; or the newest belongs to another run.
         """
         candidates, named = self._shelf.newest_first(), self._shelf.named_latest()
-        if named is not None and not (self._shelf.folder / named).is_dir():
-            missing = f"{self._shelf.folder / LATEST} names {named!r}, which is not there"
+        if named is not None and not self._shelf.has(named):
+            missing = f"{self._shelf.folder / LATEST} names {shown(named)}, which is not there"
             if not candidates:
                 raise self._none_whole(missing)
             _say_loudly(missing)
         found = self._first_whole(candidates)
         if found is None and candidates:
-            raise self._none_whole("damaged, as was said: " + ", ".join(path.name for path in candidates))
+            raise self._none_whole(self._all_damage())
         return found
 
     def load(self, checkpoint: Path, owners: Sequence[StateOwner], *, or_older: bool = False) -> int:
@@ -192,16 +212,16 @@ class Checkpoints:
         manifest = None
         while manifest is None:
             try:
-                manifest = self._verify(checkpoint)
+                manifest = self._verify(checkpoint, owners)
             except DamageError as error:
                 if not or_older:
                     raise
                 checkpoint = together(self._older_than(checkpoint, error))
                 check_agreement("the checkpoint to go on from", str(checkpoint))
-        saved = SavedWorld(manifest["world_size"], manifest["group_size"])
+        saved = SavedWorld(manifest.world_size, manifest.group_size)
         for owner in owners:
             owner.load(checkpoint / owner.name, saved)
-        return int(manifest["step"])
+        return manifest.step
 
     def truncate_after(self, step: int) -> None:
         """Lets nothing newer than a step count any more: the run goes on from there. Newer ones are put aside.
@@ -213,7 +233,7 @@ class Checkpoints:
         """
         on_rank_zero(lambda: self._shelf.truncate_after(step))
 
-    def check(self, checkpoint: Path) -> dict[str, Any]:
+    def check(self, checkpoint: Path) -> Manifest:
         """Checks what can be seen without reading a checkpoint's files: manifest, run, names, sizes.
 
         Args:
@@ -226,7 +246,7 @@ class Checkpoints:
             CheckpointError: It is damaged, or belongs to another run.
         """
         manifest = read_manifest(checkpoint)
-        saved = manifest["identity"]
+        saved = manifest.identity
         other = {
             name: (saved.get(name), value)
             for name, value in self.identity.items()
@@ -235,11 +255,11 @@ class Checkpoints:
         if other:
             raise CheckpointError(
                 f"the checkpoint {checkpoint} belongs to another run",
-                got="; ".join(f"{name} {found!r}" for name, (found, _) in other.items()),
+                got="; ".join(f"{name} {shown(found)}" for name, (found, _) in other.items()),
                 expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
                 do="start with the settings and the backbone that it was saved with",
             )
-        check_names_and_sizes(checkpoint, manifest["files"])
+        check_names_and_sizes(checkpoint, manifest.files)
         return manifest
 
     def _publish(self, writing: Writing, files: Mapping[str, Any]) -> None:
@@ -255,24 +275,27 @@ class Checkpoints:
             self._shelf,
             writing.step,
             lambda: self._shelf.publish(writing.step, writing.work, manifest_text(content)),
+            needed=writing.needed,
         )
 
-    def _verify(self, checkpoint: Path) -> dict[str, Any]:
+    def _verify(self, checkpoint: Path, owners: Sequence[StateOwner]) -> Manifest:
         """Checks everything; the ranks share the reading."""
         manifest = together(lambda: self.check(checkpoint))
-        files = manifest["files"]
-        found = gather(damaged(checkpoint, files, _share(sorted(files))))
+        found = gather(damaged(checkpoint, manifest.files, _share(sorted(manifest.files))))
         raise_damage(checkpoint, [problem for part in found for problem in part])
+        saved = SavedWorld(manifest.world_size, manifest.group_size)
+        unreadable = gather([words for owner in owners for words in _unreadable(owner, checkpoint, saved)])
+        raise_damage(checkpoint, sorted({problem for part in unreadable for problem in part}))
         return manifest
 
     def _older_than(self, checkpoint: Path, error: DamageError) -> Callable[[], Path]:
         def find() -> Path:
-            _say_loudly(error)
-            older = [path for path in self._shelf.newest_first() if path.name < checkpoint.name]
+            self._note(checkpoint, error)
+            step = step_of(checkpoint.name)
+            older = [path for path in self._shelf.newest_first() if step is not None and _step(path) < step]
             found = self._first_whole(older)
             if found is None:
-                tried = [checkpoint, *older]
-                raise self._none_whole("damaged, as was said: " + ", ".join(path.name for path in tried))
+                raise self._none_whole(self._all_damage())
             return found
 
         return find
@@ -282,10 +305,27 @@ class Checkpoints:
             try:
                 self.check(path)
             except DamageError as error:
-                _say_loudly(error)
+                self._note(path, error)
             else:
                 return path
         return None
+
+    def _note(self, checkpoint: Path, error: DamageError) -> None:
+        _say_loudly(error)
+        self._damage[checkpoint.name] = str(error.got)
+
+    def _all_damage(self) -> str:
+        """What is wrong with each, so that who sees the last line only sees it all."""
+        problems = []
+        for path in self._shelf.newest_first()[:_NAMED]:
+            if path.name not in self._damage:  # the search began below it: it was passed over before
+                try:
+                    self.check(path)
+                    self._damage[path.name] = "passed over before"
+                except DamageError as error:
+                    self._damage[path.name] = str(error.got)
+            problems.append(f"{path.name} ({self._damage[path.name][:_REASON]})")
+        return "all are damaged: " + ", ".join(problems)
 
     def _none_whole(self, problem: str) -> CheckpointError:
         return CheckpointError(
@@ -298,6 +338,22 @@ class Checkpoints:
 def _say_loudly(problem: object) -> None:
     if rank() == 0:
         logger.error("%s\nThe newest whole checkpoint is looked for.", problem)
+
+
+def _unreadable(owner: StateOwner, checkpoint: Path, saved: SavedWorld) -> list[str]:
+    """What this rank finds wrong with its part of an owner's state, in words."""
+    try:
+        owner.check(checkpoint / owner.name, saved)
+    except DamageError as error:
+        return [f"{owner.name}: {error}"]
+    return []
+
+
+def _step(path: Path) -> int:
+    """The step of a checkpoint of the shelf."""
+    step = step_of(path.name)
+    assert step is not None, path
+    return step
 
 
 def _share(names: Sequence[str]) -> Sequence[str]:

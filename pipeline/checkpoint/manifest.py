@@ -9,19 +9,72 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from pipeline.config.untrusted import Typed, parse_json, read_small, shown, what_is_wrong
 from pipeline.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
+_MANIFEST_BYTES = 256 << 20  # of a million files
+_MOST_RANKS = 1_000_000
+_NAMED = 10  # problems in one message
+_NAMED_BY_STEP = re.compile(r"(?:step|aside)_([0-9]+)")
 
 
 class DamageError(CheckpointError):
     """A checkpoint is not whole: an older one may be."""
+
+
+class FileEntry(Typed):
+    """What a manifest says of a file.
+
+    Attributes:
+        size: Bytes.
+        sha256: Hash of its content.
+    """
+
+    size: int = Field(ge=0, lt=2**63)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def _inside(name: str) -> str:
+    """Checks the name of a file: a manifest must not have anything read outside its checkpoint."""
+    path = PurePosixPath(name)
+    is_plain = name.isascii() and name.isprintable() and str(path) == name
+    if not is_plain or path.is_absolute() or ".." in path.parts or name in (".", MANIFEST):
+        raise ValueError("not the name of a file below the checkpoint")
+    return name
+
+
+class Manifest(Typed):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: Optimizer steps done.
+        world_size: Ranks that wrote it.
+        group_size: Ranks of a memory group then.
+        identity: What it must have in common with the run that loads it.
+        files: Name below the checkpoint to size and hash.
+    """
+
+    step: int = Field(ge=0, lt=2**63)
+    world_size: int = Field(ge=1, le=_MOST_RANKS)
+    group_size: int = Field(ge=1, le=_MOST_RANKS)
+    identity: dict[str, Any]
+    files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Manifest:
+        if self.world_size % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not divide {self.world_size} ranks")
+        return self
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
@@ -36,7 +89,7 @@ def manifest_text(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, _OWN_HASH: _content_hash(content)}, indent=1)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
     """Reads what a checkpoint says of itself.
 
     Args:
@@ -51,25 +104,37 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        is_first_format = isinstance(manifest, dict) and manifest.get("format") == 1  # it had no hash of its own
-        if not is_first_format and manifest.pop(_OWN_HASH) != _content_hash(manifest):
+        content = parse_json(read_small(path, limit=_MANIFEST_BYTES))
+        is_first_format = isinstance(content, dict) and content.get("format") == 1  # it had no hash of its own
+        if not is_first_format and content.pop(_OWN_HASH) != _content_hash(content):
             raise ValueError("it has another hash than it says")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageError(
-            f"{checkpoint} is not a whole checkpoint",
-            got=f"{type(error).__name__} at {path.name}",
-            expected=f"a folder step_* with {MANIFEST}",
-            do="give the folder of a checkpoint to run.resume, or 'auto', or 'none' with another run.output_dir",
-        ) from error
-    if manifest["format"] != FORMAT:
+        found = content["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _not_whole(checkpoint, f"{type(error).__name__} at {path.name}") from error
+    if found != FORMAT:
         raise CheckpointError(
             f"{checkpoint} has another format",
-            got=f"format {manifest['format']!r}",
+            got=f"format {shown(found)}",
             expected=f"format {FORMAT}",
             do="resume it with the version of LongMem that wrote it",
         )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        raise _not_whole(checkpoint, f"{what_is_wrong(error)} in {path.name}") from error
+    named = _NAMED_BY_STEP.fullmatch(os.path.basename(os.path.abspath(checkpoint)))
+    if named is not None and int(named[1]) != manifest.step:
+        raise _not_whole(checkpoint, f"{path.name} of step {manifest.step}")
     return manifest
+
+
+def _not_whole(checkpoint: Path, got: str) -> DamageError:
+    return DamageError(
+        f"{checkpoint} is not a whole checkpoint",
+        got=got,
+        expected=f"a folder step_* with its {MANIFEST}",
+        do="give the folder of a checkpoint to run.resume, or 'auto', or 'none' with another run.output_dir",
+    )
 
 
 def files_below(folder: Path) -> list[str]:
@@ -108,7 +173,7 @@ def digest(path: Path, *, flush: bool = False) -> dict[str, Any]:
     return {"size": size, "sha256": found.hexdigest()}
 
 
-def check_names_and_sizes(checkpoint: Path, files: Mapping[str, Any]) -> None:
+def check_names_and_sizes(checkpoint: Path, files: Mapping[str, FileEntry]) -> None:
     """Checks what can be seen without reading any file.
 
     Args:
@@ -124,7 +189,7 @@ def check_names_and_sizes(checkpoint: Path, files: Mapping[str, Any]) -> None:
     raise_damage(checkpoint, [*(problem for problem in wrong if problem is not None), *foreign])
 
 
-def damaged(checkpoint: Path, files: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def damaged(checkpoint: Path, files: Mapping[str, FileEntry], names: Sequence[str]) -> list[str]:
     """Reads files and says which are not what the manifest says.
 
     Args:
@@ -139,7 +204,7 @@ def damaged(checkpoint: Path, files: Mapping[str, Any], names: Sequence[str]) ->
     for name in names:
         try:
             wrong = _wrong_size(checkpoint, name, files[name])
-            if wrong is None and digest(checkpoint / name)["sha256"] != files[name]["sha256"]:
+            if wrong is None and digest(checkpoint / name)["sha256"] != files[name].sha256:
                 wrong = f"{name} has another hash"
         except OSError as error:  # a bad sector: damage like any other
             wrong = f"{name} cannot be read ({error.strerror})"
@@ -159,9 +224,10 @@ def raise_damage(checkpoint: Path, problems: Sequence[str]) -> None:
         DamageError: Names them.
     """
     if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise DamageError(
             f"the checkpoint {checkpoint} is corrupt",
-            got="; ".join(sorted(problems)),
+            got="; ".join(sorted(problems)[:_NAMED]) + more,
             do="resume from another one with --run.resume DIR, or start anew in another --run.output_dir",
         )
 
@@ -170,9 +236,15 @@ def _content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _wrong_size(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def _wrong_size(folder: Path, name: str, entry: FileEntry) -> str | None:
     """What is wrong with a file without reading it."""
-    if not (folder / name).is_file():
-        return f"{name} is missing"
-    size = (folder / name).stat().st_size
-    return None if size == entry["size"] else f"{name} has {size} bytes instead of {entry['size']}"
+    try:
+        real, base = os.path.realpath(folder / name), os.path.realpath(folder)
+        if not real.startswith(base + os.sep):
+            return f"{name} leads outside the checkpoint"
+        if not os.path.isfile(real):
+            return f"{name} is missing"
+        size = os.stat(real).st_size
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None if size == entry.size else f"{name} has {size} bytes instead of {entry.size}"

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.checkpoint.folder import SavedWorld
+from pipeline.checkpoint.manifest import DamageError
 from pipeline.checkpoint.reshard import ShardPlace, rank_file, reshard
-from pipeline.distributed.ranks import gather, rank, world_size
+from pipeline.config.untrusted import Typed, parse_json, read_small, what_is_wrong
+from pipeline.distributed.ranks import gather, rank, together, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank
+
+_FAR = 2**53  # beyond what any run reads
+_LANES_BYTES = 1 << 30
+
+
+class LaneMark(Typed):
+    """Where a lane stands: see `pipeline/data/lanes.py`."""
+
+    ordinal: int = Field(ge=0, le=_FAR)
+    offset: int = Field(ge=0, le=_FAR)
+
+
+class LanesState(Typed):
+    """What `LanesOwner` stores for a rank."""
+
+    index: int = Field(ge=0, le=_FAR)
+    lanes: dict[str, LaneMark]
+    fingerprint: dict[str, Any]
 
 
 class HoldsJson(Protocol):
@@ -45,6 +68,10 @@ class MemoryOwner:
     def __init__(self, bank: MemoryBank, place: ShardPlace, *, store: bool, replay: Callable[[], None]) -> None:
         self.bank, self.place, self.store, self.replay = bank, place, store, replay
 
+    def least_bytes(self) -> int:
+        """Of the keys and values that are remembered."""
+        return self.bank.filled_bytes() if self.store else 0
+
     def save(self, folder: Path) -> Callable[[], None] | None:
         """Takes a snapshot of the filled part of the shard.
 
@@ -58,6 +85,22 @@ class MemoryOwner:
             return None
         snapshot, path = self.bank.state_dict(), rank_file(folder, rank())
         return lambda: save_file(snapshot, path)
+
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """Checks the shards that are about to be read, as far as their headers and places.
+
+        Args:
+            folder: The owner's folder.
+            saved: The ranks that wrote it.
+
+        Raises:
+            DamageError: One is missing, or holds something else.
+        """
+        if not rank_file(folder, 0).is_file():
+            return
+        for number in range(rank(), saved.world_size, world_size()):
+            with _damage_of(rank_file(folder, number)) as path, safe_open(path, framework="pt") as file:
+                _check_shard(file)
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the shard back, or together from other ranks' shards, or fills it anew.
@@ -97,6 +140,10 @@ class LanesOwner:
     def __init__(self, lanes: HoldsJson) -> None:
         self.lanes = lanes
 
+    def least_bytes(self) -> int:
+        """Too few to count."""
+        return 0
+
     def save(self, folder: Path) -> Callable[[], None]:
         """Takes the state of the lanes.
 
@@ -113,17 +160,40 @@ class LanesOwner:
 
         return write
 
-    def load(self, folder: Path, saved: SavedWorld) -> None:
-        """Puts the lanes back, whichever groups had them.
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """Checks what is about to be read.
 
         Args:
             folder: The owner's folder.
             saved: The ranks that wrote it.
+
+        Raises:
+            DamageError: A file is missing, or holds something else.
         """
+        self._stored(folder, saved)
+
+    def load(self, folder: Path, saved: SavedWorld) -> None:
+        """Puts the lanes back, whichever groups had them.
+
+        Collective: every rank must call it.
+
+        Args:
+            folder: The owner's folder.
+            saved: The ranks that wrote it.
+
+        Raises:
+            LongMemError: The state comes from other data or settings.
+        """
+        together(lambda: self.lanes.load_state_dict(self._stored(folder, saved)))
+
+    def _stored(self, folder: Path, saved: SavedWorld) -> dict[str, Any]:
         groups = range(0, saved.world_size, saved.group_size)  # the ranks of a group have the same lanes
-        states = [json.loads(rank_file(folder, first, "json").read_text()) for first in groups]
+        states = []
+        for first in groups:
+            with _damage_of(rank_file(folder, first, "json")) as path:
+                states.append(LanesState.model_validate(parse_json(read_small(path, limit=_LANES_BYTES))).model_dump())
         lanes = {lane: mark for state in states for lane, mark in state["lanes"].items()}
-        self.lanes.load_state_dict({**states[0], "lanes": lanes})
+        return {**states[0], "lanes": lanes}
 
 
 class RandomOwner:
@@ -134,6 +204,10 @@ class RandomOwner:
     """
 
     name = "random"
+
+    def least_bytes(self) -> int:
+        """Too few to count."""
+        return 0
 
     def save(self, folder: Path) -> Callable[[], None]:
         """Takes the generators' states.
@@ -157,6 +231,24 @@ class RandomOwner:
 
         return write
 
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """Puts what is about to be read into generators that nobody uses.
+
+        Args:
+            folder: The owner's folder.
+            saved: The ranks that wrote it.
+
+        Raises:
+            DamageError: A file is missing, or holds no state of a generator.
+        """
+        source = rank() % saved.world_size
+        with _damage_of(rank_file(folder, source)) as path:
+            torch.Generator().set_state(load_file(path)["cpu"])
+        with _damage_of(rank_file(folder, source, "json")) as path:
+            python, numbers = _generators(path)
+            random.Random().setstate(python)
+            np.random.RandomState().set_state(numbers)
+
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the generators back.
 
@@ -169,8 +261,47 @@ class RandomOwner:
         torch.set_rng_state(tensors["cpu"])
         if "cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["cuda"])
-        state = json.loads(rank_file(folder, source, "json").read_text())
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        python, numbers = _generators(rank_file(folder, source, "json"))
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+def _generators(path: Path) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The states of Python's generator and numpy's."""
+    state = parse_json(read_small(path))
+    version, internal, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    return (version, tuple(internal), gauss), (kind, np.array(keys, dtype=np.uint32), *rest)
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[Path]:
+    """Whatever a file makes fail that should hold plain numbers is damage of this file."""
+    try:
+        yield path
+    except ValidationError as error:
+        raise DamageError(f"{path.name} holds something else", got=what_is_wrong(error)) from error
+    except (
+        OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError,
+        SafetensorError,
+    ) as error:  # fmt: skip
+        raise DamageError(f"{path.name} holds something else", got=f"{type(error).__name__}: {error}") from error
+
+
+def _check_shard(file: Any) -> None:
+    """Checks the part of a shard that says where its chunks belong."""
+    slots, positions, documents = (file.get_tensor(name) for name in ("slots", "positions", "documents"))
+    num_chunks, next_slot = int(file.get_tensor("num_chunks")), int(file.get_tensor("next_slot"))
+    count = len(slots)
+    is_whole = (
+        {slots.dtype, positions.dtype, documents.dtype} == {torch.int64}
+        and slots.shape == positions.shape == (count,)
+        and documents.dim() == 2
+        and documents.shape[1] == count
+        and len(slots.unique()) == count
+        and bool(((slots >= 0) & (slots < num_chunks)).all())
+        and bool(((positions >= 0) & (positions <= _FAR)).all())
+        and 0 <= next_slot < max(1, num_chunks)
+    )
+    if not is_whole:
+        raise ValueError("the places of its chunks contradict each other")

@@ -20,11 +20,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.room import free_bytes
+from pipeline.config.untrusted import read_small, shown
+from pipeline.errors import CheckpointError
 from pipeline.metrics.atomic import write_text
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"
 _BACK_TO = "back_to"
+_NOTE_BYTES = 1 << 16
+_SURELY = 0.75  # a file system that compresses holds somewhat more than it has
+
+
+def step_of(name: str, *, kind: str = "step") -> int | None:
+    """The step in the name of a checkpoint's folder.
+
+    Args:
+        name: The folder's name.
+        kind: What stands before the number.
+
+    Returns:
+        The step; None if a shelf writes no such name.
+    """
+    digits = name.removeprefix(f"{kind}_")
+    is_own = digits.isascii() and digits.isdecimal() and len(digits) < 20 and name == f"{kind}_{int(digits):08d}"
+    return int(digits) if is_own else None
 
 
 class Shelf:
@@ -49,31 +69,52 @@ class Shelf:
         """
         return self.folder / f"step_{step:08d}"
 
+    def has(self, name: str) -> bool:
+        """Whether a name is that of a checkpoint that is there, whole or not."""
+        step = step_of(name)
+        return step is not None and self.place(step).is_dir()
+
     def newest_first(self) -> list[Path]:
         """The checkpoints that a run can go on from; whether they are whole is another question.
 
         Returns:
             Their folders.
+
+        Raises:
+            CheckpointError: The run was going back to a step, but which one cannot be read.
         """
-        back_to = self.folder / _BACK_TO
-        end = int(back_to.read_text()) if back_to.is_file() else None
+        end = self._back_to()
         steps = sorted(self._steps("step"), reverse=True)
         return [self.place(step) for step in steps if end is None or step <= end]
 
     def named_latest(self) -> str | None:
         """What the file `latest` says, whether or not that is there; None without such a file."""
         path = self.folder / LATEST
-        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+        try:
+            return read_small(path, limit=_NOTE_BYTES).strip()
+        except (OSError, ValueError) as error:
+            return f"nothing that can be read ({error})"
 
-    def begin(self, work: Path, names: Sequence[str]) -> None:
+    def begin(self, work: Path, names: Sequence[str], *, needed: int = 0) -> None:
         """Makes the folders to write to; what an interrupted save or removal left behind goes.
 
         Args:
             work: The folder to write to, `writing_*`.
             names: Of the folders inside.
+            needed: Bytes that will be written at least.
+
+        Raises:
+            OSError: They cannot be made, or there is surely no room. Old checkpoints that this one replaces do not
+                count: they are there until it is whole.
         """
         self._clear()
-        work.mkdir(parents=True)
+        free = free_bytes(self.folder)
+        if free is not None and free < _SURELY * needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.folder.mkdir(exist_ok=True)  # without its parents: a run folder that was removed is not made again
+        work.mkdir()
         for name in names:
             (work / name).mkdir()
 
@@ -134,9 +175,26 @@ class Shelf:
         for left_over in self.folder.glob(".*.partial"):
             left_over.unlink()
 
+    def _back_to(self) -> int | None:
+        path = self.folder / _BACK_TO
+        if not os.path.lexists(path):
+            return None
+        try:
+            text = read_small(path, limit=_NOTE_BYTES).strip()
+            if not (text.isascii() and text.isdecimal() and len(text) < 20):
+                raise ValueError(f"it says {shown(text)}")
+            return int(text)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: a job was going back to an older checkpoint and was cut short",
+                got=error,
+                expected="the number of a step",
+                do="write the step to go back to into it, or remove it to go on from the newest checkpoint",
+            ) from error
+
     def _steps(self, kind: str) -> list[int]:
-        names = [path.name.removeprefix(f"{kind}_") for path in self.folder.glob(f"{kind}_*") if path.is_dir()]
-        return [int(name) for name in names if name.isdecimal()]
+        found = (step_of(path.name, kind=kind) for path in self.folder.glob(f"{kind}_*") if path.is_dir())
+        return [step for step in found if step is not None]
 
     def _prune(self, step: int) -> None:
         for old in self.newest_first()[self.keep :]:

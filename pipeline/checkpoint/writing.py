@@ -10,9 +10,10 @@ from typing import Any
 
 from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.manifest import digest, files_below
+from pipeline.checkpoint.room import is_want_of_room, room_words
 from pipeline.checkpoint.shelf import Shelf
 from pipeline.distributed.ranks import gather, rank, world_size
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, LongMemError
 
 
 class Writing:
@@ -26,13 +27,16 @@ class Writing:
         step: Its step.
         work: The folder that it is written to.
         rests: Write this rank's snapshots.
+        needed: Bytes that all ranks write at least.
 
     Attributes:
         busy: The ranks that were not done when last asked.
     """
 
-    def __init__(self, shelf: Shelf, step: int, work: Path, rests: Sequence[Callable[[], None] | None]) -> None:
-        self.shelf, self.step, self.work = shelf, step, work
+    def __init__(
+        self, shelf: Shelf, step: int, work: Path, rests: Sequence[Callable[[], None] | None], *, needed: int
+    ) -> None:
+        self.shelf, self.step, self.work, self.needed = shelf, step, work, needed
         self._writing = Background(lambda: [rest() for rest in rests if rest is not None])
         self._hashing: Background[dict[str, Any]] | None = None
         self.busy: list[int] = []
@@ -73,7 +77,7 @@ class Writing:
 
     def _is_done_everywhere(self, task: Background[Any], wait_s: float) -> bool:
         done = task.is_done(wait_s=wait_s)
-        reports = gather((done, describe(task.error)))
+        reports = gather((done, describe(task.error, self.shelf.folder, self.needed)))
         self.busy = [number for number, (done, _) in enumerate(reports) if not done]
         if self.busy:  # a failure waits for those who still write: the folder is removed
             return False
@@ -85,7 +89,7 @@ class Writing:
         return True
 
 
-def change(shelf: Shelf, step: int, work: Callable[[], None]) -> None:
+def change(shelf: Shelf, step: int, work: Callable[[], None], *, needed: int) -> None:
     """Changes the folder of checkpoints on rank 0; if that fails, every rank fails.
 
     Collective: every rank must call it.
@@ -94,17 +98,18 @@ def change(shelf: Shelf, step: int, work: Callable[[], None]) -> None:
         shelf: The folder.
         step: The step that is saved, for the message.
         work: What to do on rank 0.
+        needed: Bytes that all ranks write at least, for the message.
 
     Raises:
         CheckpointError: It failed.
     """
-    error = None
+    error: Exception | None = None
     try:
         if rank() == 0:
             work()
-    except OSError as caught:
+    except (OSError, LongMemError) as caught:
         error = caught
-    words = gather(describe(error))[0]
+    words = gather(describe(error, shelf.folder, needed))[0]
     if words is not None:
         raise unwritten(shelf, step, {0: words}) from error
 
@@ -128,6 +133,20 @@ def unwritten(shelf: Shelf, step: int, failed: Mapping[int, str]) -> CheckpointE
     )
 
 
-def describe(error: Exception | None) -> str | None:
-    """An error in one line; None for none."""
-    return None if error is None else f"{type(error).__name__}: {error}"
+def describe(error: Exception | None, folder: Path, needed: int) -> str | None:
+    """What a rank failed with, in one line.
+
+    Args:
+        error: The error, or None.
+        folder: Where it was writing.
+        needed: Bytes that all ranks write at least.
+
+    Returns:
+        The words, with the room that there is if that was too little; None for no error.
+    """
+    if error is None:
+        return None
+    words = f"{type(error).__name__}: {error}"
+    if not is_want_of_room(error):
+        return words
+    return f"no room on the disk, or a quota or a limit on files ({words}); {room_words(folder, needed)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.config.untrusted import parse_json, read_small, short, shown
 from pipeline.config.world import check_world
 from pipeline.errors import ConfigError
 
@@ -126,7 +128,7 @@ def _fill(filled: dict[str, Any], item: Owned) -> list[str]:
     for section in sections:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
-            return [f"{section} is not a section; got: {place!r}; expected: an object"]
+            return [f"{section} is not a section; got: {shown(place)}; expected: an object"]
     literal = place.get(key, "auto")
     place[key] = item.value
     # `true == 1` in Python, and a flag where a number belongs is a mistake.
@@ -148,24 +150,30 @@ def _autos(value: Any, prefix: str = "") -> Iterator[str]:
 
 def _find(name: str, setting: str) -> Path:
     for path in (Path(name), REPOSITORY / name):
-        if path.is_file():
+        if os.path.lexists(path):
             return path
     raise ConfigError(
         [
-            f"{setting} names a file that does not exist; got: {name}; looked in: {Path.cwd()} and {REPOSITORY}; "
-            "do: name one of ds_configs/*.json"
+            f"{setting} names a file that does not exist; got: {short(name)}; looked in: {Path.cwd()} and "
+            f"{REPOSITORY}; do: name one of ds_configs/*.json"
         ]
     )
 
 
 def _read_json(path: Path, setting: str) -> dict[str, Any]:
     source = f"{path} ({setting})"
+
+    def refuse(problem: str) -> ConfigError:
+        return ConfigError([f"{problem}; do: name one of ds_configs/*.json, or a file like them"], source=source)
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        value = parse_json(read_small(path), object_pairs_hook=_once)
+    except OSError as error:
+        raise refuse(f"the file cannot be read: {error.strerror or error}; expected: a JSON file") from None
     except ValueError as error:  # malformed JSON, a key given twice, or bytes that are not UTF-8
-        raise ConfigError([f"the file is not valid JSON: {error}"], source=source) from None
+        raise refuse(f"the file is not valid JSON: {short(str(error))}") from None
     if not isinstance(value, dict):
-        raise ConfigError([f"the file is not a JSON object; got: {type(value).__name__}"], source=source)
+        raise refuse(f"the file is not a JSON object; got: {type(value).__name__}")
     return value
 
 

@@ -116,9 +116,13 @@ def _kind(field: FieldInfo, choices: list[str]) -> str:
 def _range(metadata: list[Any]) -> str:
     flat = [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
     bounds = [
-        f"{sign} {getattr(item, bound.__name__.lower()):g}"
+        f"{sign} {_number(getattr(item, bound.__name__.lower()))}"
         for item in flat
         for bound, sign in BOUNDS.items()
         if isinstance(item, bound)
     ]
     return " and ".join(bounds)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

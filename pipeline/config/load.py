@@ -12,13 +12,16 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.fields import all_settings, nearest_setting, section_models
+from pipeline.config.output import readers_may_leave
 from pipeline.config.reference import help_text
 from pipeline.config.rules import rule_problems
 from pipeline.config.schema import Config, dotted
+from pipeline.config.untrusted import read_small, short, shown
 from pipeline.config.yaml_text import read_yaml, write_yaml
 from pipeline.errors import ConfigError
 
 Sections = dict[str, dict[str, Any]]
+_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def load_from_command_line(argv: Sequence[str]) -> Config:
     """
     line = parse_command_line(argv)
     if line.wants_help:
-        sys.stdout.write(help_text())
+        with readers_may_leave():
+            sys.stdout.write(help_text())
         raise SystemExit(0)
     if line.config_path is None:
         raise ConfigError(["--config FILE is required; do: name one of configs/*.yaml"], source="command line")
@@ -120,7 +124,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         return ConfigError([problem], source=str(path))
 
     try:
-        value = read_yaml(path.read_text(encoding="utf-8"))
+        value = read_yaml(read_small(path, limit=_FILE_BYTES, may_be_pipe=True))
     except FileNotFoundError:
         raise refuse("the file does not exist; do: check --config, configs/ holds examples") from None
     except OSError as error:
@@ -128,7 +132,9 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise refuse(f"the file is not UTF-8 text: byte {error.start} is not valid") from None
     except yaml.YAMLError as error:
-        raise refuse(f"the file is not valid YAML: {' '.join(str(error).split())}") from None
+        raise refuse(f"the file is not valid YAML: {short(' '.join(str(error).split()))}") from None
+    except ValueError as error:
+        raise refuse(f"the file cannot be read: {error}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -141,13 +147,15 @@ def _known_sections(raw: dict[Any, Any], problems: list[str]) -> tuple[Sections,
     broken: set[str] = set()
     for name, keys in raw.items():
         if name not in sections:
-            problems.append(_unknown(str(name), is_section=isinstance(keys, dict)))
+            problems.append(_unknown(short(name), is_section=isinstance(keys, dict)))
         elif isinstance(keys, dict):
             for key, value in keys.items():
-                _set_known(sections, f"{name}.{key}", value, problems)
+                _set_known(sections, f"{name}.{short(key)}", value, problems)
         elif keys is not None:
             broken.add(name)
-            problems.append(f"{name} is not a section; got: {keys!r}; expected: its keys, indented below `{name}:`")
+            problems.append(
+                f"{name} is not a section; got: {shown(keys)}; expected: its keys, indented below `{name}:`"
+            )
     return sections, broken
 
 
@@ -174,8 +182,9 @@ def _apply_overrides(sections: Sections, overrides: Sequence[str], problems: lis
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.partition("=")
+        name = short(name)
         if not name.startswith("--"):
-            problems.append(f"unexpected argument {argument!r}; expected: --section.key value")
+            problems.append(f"unexpected argument {shown(argument)}; expected: --section.key value")
             continue
         if not equals and (not rest or rest[0].startswith("--")):
             problems.append(f"{name} has no value; expected: {name} VALUE")
@@ -185,7 +194,7 @@ def _apply_overrides(sections: Sections, overrides: Sequence[str], problems: lis
         try:
             value = text if setting is None or setting.takes_text else read_yaml(text)
         except yaml.YAMLError:
-            problems.append(f"{name[2:]} on the command line is not valid YAML; got: {text!r}")
+            problems.append(f"{name[2:]} on the command line is not valid YAML; got: {shown(text)}")
             continue
         _set_known(sections, name[2:], value, problems)
 
@@ -222,4 +231,4 @@ def _field_problem(name: str, *, missing: bool, got: object) -> str:
     section, _, key = name.partition(".")
     if missing:
         return f"{name} is required and missing; expected: {kind}; do: write `{key}: ...` below `{section}:`"
-    return f"{name} is not valid; got: {got!r}; expected: {kind}"
+    return f"{name} is not valid; got: {shown(got)}; expected: {kind}"

@@ -11,21 +11,36 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.config.rules import rule_problems
 from pipeline.errors import ConfigError
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+MOST_STEPS = 10**9
+MOST_TOKENS = 10**10
+"""In a memory, in a context: more than any host holds, and far from where numbers of 64 bits end."""
+
+
+def _nameable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("no file has such a name")
+    return text
+
+
+# Generous, and safe: everything that is worked out of numbers within these ranges fits the types of torch and numpy.
+Count = Annotated[int, Field(ge=1, le=10**6)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+StepsOrZero = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+TokensOrZero = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_nameable)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-POSITION_PATTERN = re.compile(r"none|true|(fixed|clamp):[1-9][0-9]*")
+POSITION_PATTERN = re.compile(r"none|true|(fixed|clamp):[1-9][0-9]{0,8}")
+MOST_LAYERS = 10**4
 
 
 def _position(value: object) -> object:
@@ -41,7 +56,7 @@ def _memory_layers(value: object) -> object:
         return value
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError("neither 'all' nor a list of layers")
-    if any(type(layer) is not int or layer < 1 for layer in value) or len(set(value)) != len(value):
+    if any(type(layer) is not int or not 1 <= layer <= MOST_LAYERS for layer in value) or len(set(value)) != len(value):
         raise ValueError("layers are counted from 1, each named once")
     return tuple(sorted(value))
 
@@ -59,12 +74,12 @@ class RunConfig(Section):
 
     output_dir: Text
     """Folder of this run: checkpoints, metrics, logs, the resolved configuration."""
-    seed: CountOrZero = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of everything drawn at random: which lane a document is dealt to, and the order in each lane."""
     resume: Text = "auto"
     """`auto` goes on from the newest checkpoint of `output_dir` or starts afresh, `none` starts afresh, a folder
     names the checkpoint to go on from."""
-    collective_timeout_s: Annotated[int, Field(ge=10)] = 1800
+    collective_timeout_s: Annotated[int, Field(ge=10, le=10**6)] = 1800
     """Seconds within which a rank that died or is stuck ends the run on all ranks, counted from when they wait for it.
     Collectives time out a little earlier, to leave time for finding out which rank it was."""
     on_usr1: Literal["stop", "continue"] = "stop"
@@ -99,7 +114,7 @@ class MemoryConfig(Section):
 
     enabled: bool = True
     """Whether the SideNet reads memory at all. Off is the baseline with the same weights."""
-    tokens: Count = 65536
+    tokens: Tokens = 65536
     """Tokens remembered per lane and memory layer; a multiple of `chunk_size`."""
     chunk_size: Count = 4
     """Consecutive tokens retrieved together, found by the mean of their keys."""
@@ -118,7 +133,9 @@ class MemoryConfig(Section):
     position: Annotated[
         str,
         BeforeValidator(_position),
-        Field(json_schema_extra={"kind": "`none`, `true`, `fixed:N` or `clamp:N`, N a whole number >= 1"}),
+        Field(
+            json_schema_extra={"kind": "`none`, `true`, `fixed:N` or `clamp:N`, N a whole number of at most 9 digits"}
+        ),
     ] = "none"
     """How far back remembered tokens seem to lie, in tokens: nowhere (`none`, the paper), at their real distance
     (`true`), all N back (`fixed:N`), at their real distance up to N (`clamp:N`)."""
@@ -142,19 +159,21 @@ class SideNetConfig(Section):
     layout: Literal["uniform", "top"] = "uniform"
     """`uniform`: blocks spread evenly over the whole backbone (the paper); `top`: one SideNet layer beside each of
     the backbone's last layers."""
-    num_layers: Count | None = None
+    num_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
     """SideNet layers; null takes half the backbone's for `uniform` and all of them for `top`."""
     memory_layers: Annotated[
         tuple[int, ...] | Literal["all"] | None,
         BeforeValidator(_memory_layers),
-        Field(json_schema_extra={"kind": "`all`, null, or a list of different whole numbers >= 1"}),
+        Field(
+            json_schema_extra={"kind": f"`all`, null, or a list of different whole numbers >= 1 and <= {MOST_LAYERS:,}"}
+        ),
     ] = None
     """SideNet layers that read memory, counted from 1; null is one layer, three quarters up (the paper)."""
     residual: Literal["interleaved", "paper"] = "interleaved"
     """Where the backbone's residual differences come in; with `interleaved` the untrained SideNet is the backbone."""
     fusion: Literal["gate", "joint"] = "gate"
     """How memory joins local attention: a learnt mix per head (the paper), or one softmax over both."""
-    gate_init: float = 0.0
+    gate_init: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
     """Start of the number learnt per head. `gate`: sigmoid of it is the weight of local attention; `joint`: it is
     added to the memory's logits."""
     activation_checkpointing: bool = False
@@ -164,40 +183,40 @@ class SideNetConfig(Section):
 class TrainConfig(Section):
     """The optimization. One step is one optimizer step, whatever the world size."""
 
-    steps: Count
+    steps: Steps
     """Optimizer steps of the whole run; the learning rate schedule ends here."""
-    stop_after_steps: Count | None = None
+    stop_after_steps: Steps | None = None
     """End after this step as if interrupted, with a checkpoint; null runs to the end."""
     segment_tokens: Count = 1024
     """Tokens of a lane read in one forward pass; a multiple of `memory.chunk_size`."""
     segments_per_step: Count = 1
     """Consecutive segments of each lane in one optimizer step, split over the ranks of a memory group and gradient
     accumulation."""
-    learning_rate: Positive = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 2e-4
     """Highest learning rate of the SideNet's weights."""
-    gate_learning_rate_factor: NotNegative = 100.0
+    gate_learning_rate_factor: Factor = 100.0
     """Learning rate of the numbers learnt per head, as a multiple of the weights'. They have no weight decay."""
-    warmup_steps: CountOrZero = 0
+    warmup_steps: StepsOrZero = 0
     """Optimizer steps of linear warm-up, at most `steps`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up."""
     final_learning_rate_fraction: Fraction = 0.1
     """Learning rate at the last step as a fraction of the highest one; `constant` ignores it."""
-    weight_decay: NotNegative = 0.01
+    weight_decay: Factor = 0.01
     """Decoupled weight decay (AdamW) of the weight matrices, per unit of learning rate."""
     adam_beta1: Beta = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: Beta = 0.98
     """Decay of AdamW's mean of squared gradients."""
-    adam_epsilon: Positive = 1e-8
+    adam_epsilon: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
     """Added to AdamW's denominator."""
-    gradient_clipping: NotNegative = 1.0
+    gradient_clipping: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     precision: Precision = "fp32"
     """Number format of both engines. `bf16` and `fp16` keep fp32 master weights of the SideNet."""
     loss_piece_tokens: Count = 256
     """Tokens whose logits over the vocabulary are held at once."""
-    histogram_every_steps: CountOrZero = 50
+    histogram_every_steps: StepsOrZero = 50
     """Optimizer steps between TensorBoard histograms (gates, age of what is retrieved); 0 writes none."""
     deepspeed: Text = "ds_configs/sidenet_zero2.json"
     """DeepSpeed JSON of the training engine (ZeRO stage 2), relative to the current folder or the repository."""
@@ -217,9 +236,9 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When training is saved."""
 
-    every_steps: CountOrZero = 0
+    every_steps: StepsOrZero = 0
     """Optimizer steps between checkpoints; 0 saves at the end only."""
-    every_minutes: NotNegative = 0.0
+    every_minutes: Factor = 0.0
     """Minutes between checkpoints, by rank 0's clock and after a whole step; 0 goes by steps alone. With both settings
     whichever is due first saves."""
     keep: Count = 2
@@ -232,13 +251,13 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """Scoring of held-out documents while training and after it."""
 
-    every_steps: CountOrZero = 0
+    every_steps: StepsOrZero = 0
     """Optimizer steps between evaluations; 0 evaluates at the end only."""
     documents: Count = 8
     """Held-out documents used."""
-    context_tokens: CountOrZero = 4096
+    context_tokens: TokensOrZero = 4096
     """Tokens of each document read into memory before any is scored."""
-    scored_tokens: Count = 1024
+    scored_tokens: Tokens = 1024
     """Tokens scored in each document, after the context."""
 
 

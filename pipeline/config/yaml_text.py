@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -14,8 +15,8 @@ FLOAT_TAG = "tag:yaml.org,2002:float"
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        repeated = sorted(key for key, count in keys.items() if count > 1)
         if repeated:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key given twice: {', '.join(repeated)}", node.start_mark
@@ -42,9 +43,16 @@ def read_yaml(text: str) -> Any:
         Plain Python values.
 
     Raises:
-        yaml.YAMLError: The text is not YAML, or a mapping names a key twice.
+        yaml.YAMLError: The text is not YAML, is nested too deep, holds a number of thousands of digits, or a mapping
+            names a key twice.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        # What PyYAML makes numbers and dates with; such as `2001-99-99`, or 5,000 digits.
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from None
 
 
 def write_yaml(value: Any) -> str:

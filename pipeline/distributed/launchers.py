@@ -8,6 +8,13 @@ from collections.abc import Mapping
 # Set by mpirun for every rank. DeepSpeed asks MPI itself for the rest.
 _MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+_LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
 _FIRST_PORT, _NUM_PORTS = 15000, 15000  # below those that Linux gives to clients
 
 
@@ -21,6 +28,19 @@ def local_rank(environment: Mapping[str, str]) -> int:
         The number; 0 without a launcher.
     """
     return next((int(environment[name]) for name in _LOCAL_RANKS if name in environment), 0)
+
+
+def local_size(environment: Mapping[str, str]) -> int:
+    """How many ranks this machine has.
+
+    Args:
+        environment: The process's environment.
+
+    Returns:
+        What a launcher says; 1 where none says it.
+    """
+    said = (environment.get(name, "") for name in _LOCAL_SIZES)
+    return next((int(text) for text in said if text.isdecimal() and int(text) > 0), 1)
 
 
 def is_started_by_mpi(environment: Mapping[str, str]) -> bool:

@@ -55,6 +55,10 @@ class BankShape:
     num_chunks: int
     chunk_size: int
 
+    def marks_bytes(self) -> int:
+        """Bytes of what says where the chunks belong: positions and documents, int64."""
+        return (self.num_lanes + 1) * self.num_chunks * torch.int64.itemsize
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of keys, values and chunk keys.
 
@@ -120,6 +124,12 @@ class MemoryBank:
     def num_filled(self) -> int:
         """Chunks that hold something, of each ring."""
         return int((self.positions != EMPTY).sum())
+
+    def filled_bytes(self) -> int:
+        """Bytes of the keys and values of the chunks that hold something."""
+        shape = self.shape
+        chunk = 2 * shape.num_kv_heads * shape.num_lanes * shape.chunk_size * shape.head_dim * self.dtype.itemsize
+        return shape.num_layers * self.num_filled * chunk
 
     @property
     def end(self) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline.config.untrusted import parse_json
 from pipeline.errors import DataError
 from pipeline.metrics.atomic import write_text
 
@@ -69,7 +70,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_NAME
     if not path.exists():
         return []
-    return [record for _, record in _parse(path, path.read_text(encoding="utf-8"))]
+    return [record for _, record in _parse(path, _read(path))]
 
 
 class MetricsWriter:
@@ -110,7 +111,7 @@ class MetricsWriter:
         self._purge_step = step + 1
         path = self._folder / METRICS_NAME
         if path.exists():
-            parsed = _parse(path, path.read_text(encoding="utf-8"))
+            parsed = _parse(path, _read(path))
             write_text(path, "".join(line for line, record in parsed if record["step"] <= step))
 
     def write(self, step: int, values: Mapping[str, Value], *, phases: Mapping[str, float] | None = None) -> None:
@@ -176,12 +177,24 @@ def _finite_or_null(value: Value) -> Value:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read",
+            got=error,
+            expected="a JSON object a line, in UTF-8",
+            do="repair it, or move it away",
+        ) from error
+
+
 def _parse(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             return  # a crash cut this line short; the step will be written again
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record["step"], int):
                 raise TypeError("step is not a whole number")
         except (ValueError, TypeError, KeyError, IndexError) as error:

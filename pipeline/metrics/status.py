@@ -8,11 +8,13 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator, Field, ValidationError
+
+from pipeline.config.untrusted import Typed, parse_json, read_small, what_is_wrong
 from pipeline.errors import DataError
 from pipeline.metrics.atomic import write_text
 
@@ -24,8 +26,18 @@ EVERY_S = 10.0
 State = Literal["running", "finished", "preempted", "failed"]
 
 
-@dataclass(frozen=True)
-class Status:
+def _moment(text: str) -> str:
+    """Checks a time: one without a zone could be anybody's."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError("a time without its zone; expected: such as 2026-01-31T12:00:00+00:00")
+    return text
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Status(Typed):
     """How a run goes.
 
     Attributes:
@@ -40,12 +52,12 @@ class Status:
     """
 
     state: State
-    step: int
-    steps: int
-    time: str
+    step: Count
+    steps: Count
+    time: Annotated[str, AfterValidator(_moment)]
     reason: str | None
     host: str
-    world_size: int
+    world_size: Count
 
     @property
     def age_s(self) -> float:
@@ -67,11 +79,16 @@ def read_status(folder: Path) -> Status | None:
     """
     path = folder / STATUS_NAME
     try:
-        return Status(**json.loads(path.read_text(encoding="utf-8")))
+        return Status.model_validate(parse_json(read_small(path)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is not the status of a run", got=str(error), do="see the log of the run") from error
+    except ValidationError as error:
+        got = what_is_wrong(error)
+    except OSError as error:
+        got = error.strerror or str(error)
+    except ValueError as error:
+        got = str(error)
+    raise DataError(f"{path} is not the status of a run", got=got, do="see the log of the run")
 
 
 class StatusFile:
@@ -88,7 +105,7 @@ class StatusFile:
         self.folder, self.steps = folder, steps
         self._step = 0
         self._world_size = 1
-        self._has_begun = self._has_ended = False
+        self._has_begun = self._has_ended = self._has_written = False
         self._written_at = 0.0
         self._lock = threading.RLock()
 
@@ -132,11 +149,22 @@ class StatusFile:
             if not self._has_begun or self._has_ended:
                 return
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            status = Status(state, self._step, self.steps, now, reason, socket.gethostname(), self._world_size)
-            text = json.dumps(asdict(status), indent=1) + "\n"
+            status = Status(
+                state=state,
+                step=self._step,
+                steps=self.steps,
+                time=now,
+                reason=reason,
+                host=socket.gethostname(),
+                world_size=self._world_size,
+            )
+            text = json.dumps(status.model_dump(), indent=1) + "\n"
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                # A run may fail before it has its folder; one that was removed is not made again.
+                if not self._has_written:
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 _write(self.folder / STATUS_NAME, text)
+                self._has_written = True
                 self._written_at = time.monotonic()
             except OSError as error:
                 logger.error("%s cannot be written (%s); it would say: %s, %s", STATUS_NAME, error, state, reason)

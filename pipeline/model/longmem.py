@@ -5,6 +5,7 @@ Shapes: `B` lanes, `T` segment tokens, `E` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
 from pipeline.config.schema import Config
+from pipeline.distributed.launchers import local_size
 from pipeline.memory.bank import BankShape, MemoryBank, ring_chunks
 from pipeline.memory.exchange import Exchange
 from pipeline.memory.reader import AgeObserver, BankReader
+from pipeline.memory.room import check_room
 from pipeline.memory.view import Geometry, ReadSettings
 from pipeline.model.loss import Head, token_losses
 from pipeline.positions import PositionRule
@@ -101,6 +104,9 @@ class LongMem:
 
         Returns:
             A bank with room for this rank's share of them, in whole segments, and for one segment more.
+
+        Raises:
+            ConfigError: It cannot be held where it belongs.
         """
         memory = self.config.memory
         dtype = self.config.train.precision if memory.dtype == "auto" else memory.dtype
@@ -119,6 +125,8 @@ class LongMem:
             chunk_size=memory.chunk_size,
         )
         device = torch.device("cpu") if memory.device == "host" else self.device
+        needed = shape.bytes(DTYPES[dtype]) + shape.marks_bytes()
+        check_room(needed, device, num_ranks=local_size(os.environ))
         return MemoryBank(shape, dtype=DTYPES[dtype], device=device)
 
     def encode(self, tokens: Tensor, documents: Tensor) -> Encoding:

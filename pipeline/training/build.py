@@ -156,7 +156,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     on_rank_zero(lambda: check_folder(folder, config))
     resume_from = together(lambda: find_checkpoint(config, folder, token_store=stores.train.identity))
     check_agreement("the checkpoint to go on from", str(resume_from))  # a file system may show others to some
-    job.begin(0 if resume_from is None else int(read_manifest(resume_from)["step"]))
+    job.begin(0 if resume_from is None else read_manifest(resume_from).step)
     group = MemoryGroup.build(
         config.memory.group_size,
         timeout_s=limits.collective_s,
@@ -169,7 +169,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     wait_for_all(verification)
     together(lambda: _raise(None if verification is None else verification.error))
     lanes = _lanes(config, stores.train, split, group.number)
-    bank = model.bank(split.lanes_per_group, group_size=group.size) if config.memory.enabled else None
+    bank = _bank(model, split, group) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
     exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
     trainer = Trainer(model, engine, lanes, bank, exchange=exchange, timer=timer, num_segments=split.accumulation_steps)
@@ -188,6 +188,10 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     if bank is not None:
         owners.append(_memory_owner(config, model, lanes, bank, exchange))
     return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
+
+
+def _bank(model: LongMem, split: WorldSplit, group: MemoryGroup) -> MemoryBank:
+    return together(lambda: model.bank(split.lanes_per_group, group_size=group.size))
 
 
 def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:

@@ -21,10 +21,12 @@ from pipeline.checkpoint.folder import SavedWorld
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import barrier, rank, world_size
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, LongMemError
+from pipeline.training.pickles import check_engine_files, engine_files, in_a_line, restricted
 from pipeline.training.universal import load_universal, plainly_named
 
 _TAG = "engine"
+FP32_BYTES = 4
 
 
 class EngineOwner:
@@ -40,6 +42,15 @@ class EngineOwner:
 
     def __init__(self, engine: Any, config: Config, *, scratch: Path) -> None:
         self.engine, self.config, self.scratch = engine, config, scratch
+
+    def least_bytes(self) -> int:
+        """Of the optimizer's part of this rank; on rank 0 also of the weights, for DeepSpeed and in fp32."""
+        optimizer = self.engine.optimizer
+        held = [*optimizer.single_partition_of_fp32_groups]
+        held += [value for state in optimizer.optimizer.state.values() for value in state.values()]
+        bytes_held = sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+        weights = list(self.engine.module.parameters()) if rank() == 0 else []
+        return bytes_held + sum(weight.numel() * (weight.element_size() + FP32_BYTES) for weight in weights)
 
     def save(self, folder: Path) -> Callable[[], None]:
         """Writes weights and this rank's optimizer shard for DeepSpeed, and the weights once more for everyone else.
@@ -78,6 +89,25 @@ class EngineOwner:
             return error
         return None
 
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        """Checks DeepSpeed's files, which are pickles, without running code from them; the ranks share the work.
+
+        Args:
+            folder: The owner's folder.
+            saved: The ranks that wrote it.
+
+        Raises:
+            DamageError: A file is missing, or holds what DeepSpeed did not put there.
+        """
+        names = engine_files(folder / _TAG, saved.world_size)
+        check_engine_files(
+            folder / _TAG,
+            names[rank() :: world_size()],
+            weights={name: tensor.shape for name, tensor in self.engine.module.state_dict().items()},
+            num_groups=len(self.engine.optimizer.bit16_groups),
+            num_ranks=saved.world_size,
+        )
+
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Reads weights and this rank's optimizer shard back; those of another number of ranks are split anew.
 
@@ -90,6 +120,19 @@ class EngineOwner:
         Raises:
             CheckpointError: DeepSpeed found no state there, or could not convert it.
         """
+        try:
+            with restricted():
+                self._load(folder, saved)
+        except LongMemError:
+            raise
+        except Exception as error:  # DeepSpeed checks little of what it finds
+            raise CheckpointError(
+                f"rank {rank()} could not load the SideNet's state from {folder}",
+                got=in_a_line(error),
+                do="see what the log says of other ranks, or resume from another checkpoint",
+            ) from error
+
+    def _load(self, folder: Path, saved: SavedWorld) -> None:
         if saved.world_size != world_size():
             load_universal(self.engine, folder, _TAG, scratch=self.scratch)
             return

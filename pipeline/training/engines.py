@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.load import load_backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
+from pipeline.config.untrusted import short
 from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
 from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import ConfigError
@@ -138,8 +140,8 @@ class Engines:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._backbone_json = backbone_deepspeed(config, world_size())
-        self._sidenet_json = sidenet_deepspeed(config, world_size())
+        self._backbone_json = _accepted(backbone_deepspeed(config, world_size()), "backbone.deepspeed")
+        self._sidenet_json = _accepted(sidenet_deepspeed(config, world_size()), "train.deepspeed")
         # transformers splits a model while loading it as long as this object lives.
         self._partitioning = HfDeepSpeedConfig(self._backbone_json)
 
@@ -182,6 +184,30 @@ class Engines:
         )
         backbone_engine.module.eval()
         return backbone_engine, sidenet_engine
+
+
+def _accepted(content: dict[str, Any], setting: str) -> dict[str, Any]:
+    """Has DeepSpeed look at its JSON before weights are loaded.
+
+    Args:
+        content: The completed JSON.
+        setting: The setting that names the file.
+
+    Returns:
+        The same JSON.
+
+    Raises:
+        ConfigError: DeepSpeed does not accept it.
+    """
+    try:
+        deepspeed.DeepSpeedConfig(deepcopy(content))
+    except Exception as error:  # it raises whatever it comes upon
+        words = short(" ".join(str(error).split()))
+        raise ConfigError(
+            [f"DeepSpeed does not accept the file: {type(error).__name__}: {words}; do: see ds_configs/*.json"],
+            source=setting,
+        ) from error
+    return content
 
 
 def partitioned_bytes(module: nn.Module) -> int:

@@ -10,13 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from pipeline.checkpoint.room import free_words
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import barrier, on_rank_zero, rank, world_size
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import Watch
 from pipeline.errors import LongMemError, TrainingError
 from pipeline.metrics.status import StatusFile
-from pipeline.training.run_folder import claim, is_claimed
+from pipeline.training.run_folder import claim, gone, is_claimed, is_gone, unusable
 from pipeline.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class Job:
         self._lock = RunLock(self.folder)
         self.watch = Watch(config.run.collective_timeout_s, on_end=self._on_end)
         self._failed_at: float | None = None
+        self._has_claimed = False
         if signals is not None:
             signals.before_end(self._on_signal)
             signals.unless(self._is_ending)
@@ -72,12 +76,25 @@ class Job:
         """
 
         def take() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+            except OSError as error:
+                raise unusable(self.folder, error) from error
             claim(self.folder, self.config)
 
         on_rank_zero(take)
+        self._has_claimed = True
         self.status.begin(step, world_size=world_size(), write=rank() == 0)
+
+    def check_folder(self) -> None:
+        """Checks that the run folder is still there: what is open stays writable, and the steps would be lost.
+
+        Raises:
+            TrainingError: It is not; on rank 0 only.
+        """
+        if rank() == 0 and is_gone(self.folder):
+            raise gone(self.folder)
 
     def after_step(self, step: int) -> None:
         """Gives a sign of life.
@@ -117,7 +134,7 @@ class Job:
             yield
         except Exception as error:
             self._failed_at = time.monotonic()
-            known = _in_words(error)
+            known = self._in_words(error)
             explained = self.watch.explained(known)
             # A run that is refused before it began leaves no folder behind.
             is_refusal = explained is error and isinstance(error, LongMemError) and not self.folder.exists()
@@ -146,15 +163,31 @@ class Job:
             self.status.end("preempted", words)
         self.watch.end_all(f"{words} (rank {rank()})")
 
+    def _in_words(self, error: Exception) -> Exception:
+        """Says what to do about a run folder that is gone, an ill disk, a want of memory; leaves other errors."""
+        told: LongMemError | None = None
+        if self._has_claimed and is_gone(self.folder):
+            told = gone(self.folder)
+        elif isinstance(error, OSError) and error.errno in _ILL_DISK:
+            told = TrainingError(
+                f"rank {rank()} could not write; the newest whole checkpoint is untouched",
+                got=f"{type(error).__name__}: {error}; {free_words(self.folder)}",
+                do="see to the disk (room, quota, mounted read-only), then start again to go on from there",
+            )
+        elif _is_out_of_memory(error):
+            told = TrainingError(
+                f"rank {rank()} has not enough memory",
+                got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+                do="see what fits with launch/plan.py, which names for each part the settings that make it smaller",
+            )
+        if told is None:
+            return error
+        told.on_all_ranks = isinstance(error, LongMemError) and error.on_all_ranks
+        told.__cause__ = error
+        return told
 
-def _in_words(error: Exception) -> Exception:
-    """Says what to do about a disk that is ill; leaves other errors as they are."""
-    if not isinstance(error, OSError) or error.errno not in _ILL_DISK:
-        return error
-    told = TrainingError(
-        f"rank {rank()} could not write; the newest whole checkpoint is untouched",
-        got=f"{type(error).__name__}: {error}",
-        do="see to the disk (room, quota, mounted read-only), then start again to go on from the newest checkpoint",
-    )
-    told.__cause__ = error
-    return told
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -16,7 +16,7 @@ from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
 from pipeline.training.saving import Saving
-from pipeline.training.summary import EVALUATION_NAME
+from pipeline.training.summary import EVALUATION_NAME, read_evaluation
 
 
 class Report(Protocol):
@@ -87,6 +87,7 @@ def _train(run: Run, evaluate: Evaluate | None, signals: Signals) -> Ended:
             step += 1
             job.watch.at(f"step {step}")
             result = run.trainer.step(step, observe_ages=recorder.ages_observer(step), asked=lambda: signals.asked)
+            job.check_folder()
             recorder.record(step, result, memory_fill=run.trainer.memory_fill)
             run.stores.check_unchanged()
             stop = _stops(result.asked, signals)
@@ -123,8 +124,7 @@ def _due(step: int, every: int) -> bool:
 
 def _is_evaluated(run: Run, step: int) -> bool:
     """Whether the newest evaluation is of this step and of these settings: the same on all ranks."""
-    path = run.folder / f"{EVALUATION_NAME}.json"
-    found = json.loads(path.read_text()) if rank() == 0 and path.is_file() else {}
+    found = read_evaluation(run.folder) if rank() == 0 else {}
     wanted = (step, run.config.evaluation.model_dump())
     return bool(gather((found.get("step"), found.get("settings")) == wanted)[0])
 

@@ -79,7 +79,8 @@ def is_held(folder: Path) -> bool | None:
         The answer; None if that cannot be known here.
     """
     try:
-        with (folder / LOCK_NAME).open("rb") as file:
+        # Opening a pipe, if somebody put one there, would wait for a writer.
+        with open(os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
     except OSError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
 from pathlib import Path
+from typing import Any
 
+from pipeline.config.untrusted import parse_json, read_small, short
 from pipeline.metrics.record import TENSORBOARD_NAME, read_metrics
 
+logger = logging.getLogger(__name__)
 EVALUATION_NAME = "evaluation"
 
 
@@ -21,14 +24,36 @@ def summary(folder: Path) -> str:
         Some lines of text.
     """
     lines = [""]
-    table = folder / f"{EVALUATION_NAME}.txt"
-    if table.is_file():
-        step = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))["step"]
-        lines += [table.read_text(encoding="utf-8").rstrip(), "", f"held-out evaluation: after step {step}"]
-    records = read_metrics(folder)
+    table, step = folder / f"{EVALUATION_NAME}.txt", read_evaluation(folder).get("step")
+    if table.is_file() and step is not None:
+        text = table.read_text(encoding="utf-8", errors="replace")
+        lines += [text.rstrip(), "", f"held-out evaluation: after step {short(step)}"]
+    records = [record for record in read_metrics(folder) if isinstance(record.get("tokens_per_second"), int | float)]
     if records:
         speed = statistics.median(record["tokens_per_second"] for record in records)
         lines.append(f"training: {records[-1]['step']} steps, median {speed:,.0f} tokens/s")
     lines.append(f"run folder: {folder}")
     lines.append(f"see it with: .venv/bin/tensorboard --logdir {folder / TENSORBOARD_NAME}")
     return "\n".join(lines)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """Reads the newest evaluation of a run.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        What it said; empty if there is none, or none that can be read, which is logged: it will be made anew.
+    """
+    path = folder / f"{EVALUATION_NAME}.json"
+    try:
+        found = parse_json(read_small(path))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s is damaged and does not count (%s)", path, error)
+        return {}
+    return found

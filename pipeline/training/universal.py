@@ -19,6 +19,7 @@ from deepspeed.checkpoint import ds_to_universal
 from pipeline.checkpoint.background import Background, wait_for_all
 from pipeline.distributed.ranks import barrier, gather, rank
 from pipeline.errors import CheckpointError
+from pipeline.training.pickles import in_a_line
 
 
 def load_universal(engine: Any, folder: Path, tag: str, *, scratch: Path) -> None:
@@ -104,7 +105,7 @@ def _on_rank_zero_patiently(work: Callable[[], None]) -> None:
     task = Background(work) if rank() == 0 else None
     wait_for_all(task)
     error = None if task is None else task.error
-    words = gather(None if error is None else f"{type(error).__name__}: {error}")[0]
+    words = gather(None if error is None else in_a_line(error))[0]
     if words is not None:
         raise CheckpointError(
             "the optimizer's state could not be converted for another number of ranks; the checkpoint is untouched",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.schema import Config
 from tests.fault_injection import exact_record, whole_checkpoints
 from tests.ranks import run_ranks
@@ -47,18 +49,34 @@ def attempt(config: Config) -> str:
     return ""
 
 
-def train_with_limits(unbroken: Config, started: Config, full: Config) -> tuple[str, str, str]:
+def train_with_limits(
+    unbroken: Config, bf16: Config, started: Config, full: Config
+) -> tuple[str, str, str, list[tuple[int, int]]]:
     """An unbroken run; one whose rank 0 can write no file of DeepSpeed; one whose rank 1 can write no memory."""
     from pipeline.distributed.ranks import rank
 
-    attempt(unbroken)
+    sizes = [least_and_written(config) for config in (unbroken, bf16)]
     attempt(started)
     with largest_file(NO_ROOM if rank() == 0 else None):
         sidenet = attempt(full)
     with largest_file(NO_ROOM_FOR_MEMORY if rank() == 1 else None):
         memory = attempt(full)
     steps = whole_checkpoints(Path(full.run.output_dir, "checkpoints"))
-    return sidenet, memory, f"{steps} {attempt(full)}"
+    return sidenet, memory, f"{steps} {attempt(full)}", sizes
+
+
+def least_and_written(config: Config) -> tuple[int, int]:
+    """Trains; what the owners of state say that they will write at least, and what they write."""
+    from pipeline.distributed.ranks import gather
+    from pipeline.training.build import build_run
+    from pipeline.training.loop import train
+
+    run = build_run(config)
+    train(run)
+    least = sum(gather(sum(owner.least_bytes() for owner in run.owners)))
+    newest = run.checkpoints.newest()
+    assert newest is not None
+    return least, sum(entry.size for entry in read_manifest(newest).files.values())
 
 
 def fill_the_disk(started: Config, full: Config, disk: str) -> tuple[str, str, str]:
@@ -82,24 +100,30 @@ def fill_the_disk(started: Config, full: Config, disk: str) -> tuple[str, str, s
     return said, f"{steps} {left}", attempt(full)
 
 
-def config(tiny_run: TinyRun, folder: Path, *, stop: int | None = None) -> Config:
-    train: dict[str, Any] = {"steps": STEPS, "stop_after_steps": stop, "histogram_every_steps": 0}
+def config(tiny_run: TinyRun, folder: Path, *, stop: int | None = None, **more: Any) -> Config:
+    train: dict[str, Any] = {"steps": STEPS, "stop_after_steps": stop, "histogram_every_steps": 0, **more}
     return tiny_run.config(folder, train=train, memory={"tokens": 512}, checkpoint={"every_steps": EVERY_STEPS})
 
 
 @pytest.fixture(scope="module")
-def limited(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str, str]]]:
+def limited(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("limited")
     unbroken, full = config(tiny_run, folder / "unbroken"), config(tiny_run, folder / "full")
+    bf16 = config(tiny_run, folder / "bf16", stop=EVERY_STEPS, precision="bf16")
     started = config(tiny_run, folder / "full", stop=EVERY_STEPS)
-    return folder, run_ranks(train_with_limits, 2, unbroken, started, full, init_process_group=False)
+    return folder, run_ranks(train_with_limits, 2, unbroken, bf16, started, full, init_process_group=False)
 
 
 def test_a_file_that_one_rank_writes_while_training_waits(limited):
     _, said = limited
     for rank in (0, 1):
-        words = "rank 0 could not write the checkpoint of step 8; older ones are untouched; got: RuntimeError: "
-        assert said[rank][0].startswith(words)
+        words = (
+            "rank 0 could not write the checkpoint of step 8; older ones are untouched; got: no room on the disk, or a "
+        )
+        assert said[rank][0].startswith(words + "quota or a limit on files (RuntimeError: ")
+        assert re.search(
+            r"\); needed: at least [\d,]{7,} bytes, free: [\d,]+ bytes in /.*/checkpoints; do: see", said[rank][0]
+        )
         assert "; do: see to " in said[rank][0]
 
 
@@ -107,7 +131,7 @@ def test_a_file_that_one_rank_writes_in_the_background(limited):
     _, said = limited
     for rank in (0, 1):
         assert said[rank][1].startswith("rank 1 could not write the checkpoint of step 8; older ones are untouched; ")
-        assert "File too large" in said[rank][1]
+        assert "File too large" in said[rank][1] and "needed: at least " in said[rank][1]
         assert said[rank][2] == "[4] "
 
 
@@ -116,6 +140,14 @@ def test_with_room_again_the_losses_are_those_of_an_unbroken_run(limited):
     assert exact_record(folder / "full") == exact_record(folder / "unbroken")
     assert len(exact_record(folder / "unbroken")) == STEPS
     assert whole_checkpoints(folder / "full" / "checkpoints") == [8, 12]
+
+
+def test_what_a_checkpoint_takes_is_known_before_it_is_written(limited):
+    """Too much would refuse a save that has room. Files of a tiny run hold more names than numbers."""
+    _, said = limited
+    for _, _, _, sizes in said:
+        for least, written in sizes:
+            assert 0.7 * written < least < written
 
 
 @pytest.fixture
@@ -134,5 +166,6 @@ def test_a_disk_that_is_really_full(tiny_run, disk):
     for said, left, after in found:
         assert "could not write the checkpoint of step 8; older ones are untouched" in said
         assert "No space left on device" in said
+        assert re.search(r"needed: at least 1,\d{3},\d{3} bytes, free: [\d,]+ bytes in ", said)
         assert left == "[4] ['latest', 'step_00000004']"
         assert after == ""

@@ -128,8 +128,8 @@ def test_an_ill_run_ends_with_its_checkpoint_intact_and_says_why(
     assert status["state"] == "failed" and words in status["reason"]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000003"
     newest = run / "checkpoints" / "step_00000003"
-    for name, entry in read_manifest(newest)["files"].items():
-        assert hashlib.sha256((newest / name).read_bytes()).hexdigest() == entry["sha256"]
+    for name, entry in read_manifest(newest).files.items():
+        assert hashlib.sha256((newest / name).read_bytes()).hexdigest() == entry.sha256
 
 
 def lose_rank_one(config: Config) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.checkpoint.folder import Checkpoints, SavedWorld
-from pipeline.checkpoint.manifest import manifest_text
+from pipeline.checkpoint.manifest import DamageError, digest, manifest_text, read_manifest
 from pipeline.errors import CheckpointError
 
 
@@ -27,6 +31,14 @@ class Counter:
         (folder / "deeper").mkdir()
         (folder / "deeper" / "value").write_text(str(self.value))
         return None
+
+    def least_bytes(self) -> int:
+        return 0
+
+    def check(self, folder: Path, saved: SavedWorld) -> None:
+        text = (folder / "deeper" / "value").read_text()
+        if not text.isdecimal():
+            raise DamageError("the value is no number", got=text)
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
         self.value = int((folder / "deeper" / "value").read_text())
@@ -216,6 +228,56 @@ def test_writing_that_fails_in_the_background_is_said_after_the_next_step_and_le
     assert names(tmp_path) == ["latest", "step_00000003"]
 
 
+class Large(Counter):
+    """Says that it writes 1,000 bytes at least."""
+
+    def least_bytes(self) -> int:
+        return 1000
+
+
+@pytest.mark.parametrize("free", [0, 749])
+def test_a_save_that_surely_has_no_room_is_not_begun(tmp_path, monkeypatch, free):
+    found = checkpoints(tmp_path, keep=1)
+    path = save(found, 1, [Counter("one", 1)])
+    for module in ("shelf", "room"):
+        monkeypatch.setattr(f"pipeline.checkpoint.{module}.free_bytes", lambda _: free)
+    words = (
+        r"could not write the checkpoint of step 2; older ones are untouched; got: no room on the disk, .*needed: at "
+        rf"least 1,000 bytes, free: {free} bytes in /.*/checkpoints; do: see to"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        found.save(2, [Large("one", 2)])
+    assert names(tmp_path) == ["latest", "step_00000001"] and found.newest() == path
+
+
+@pytest.mark.parametrize("free", [750, 10**12, None])
+def test_a_save_that_may_have_room_is_begun(tmp_path, monkeypatch, free):
+    found = checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr("pipeline.checkpoint.shelf.free_bytes", lambda _: free)
+    assert save(found, 2, [Large("one", 2)]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_want"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 894592 vs 894496"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (RuntimeError("some other bug"), False),
+    ],
+)
+def test_what_torch_makes_of_a_full_disk_is_said_in_words(tmp_path, error, is_want):
+    class Failing(Large):
+        def save(self, folder: Path) -> Callable[[], None] | None:
+            raise error
+
+    with pytest.raises(CheckpointError, match=re.escape(str(error))) as caught:
+        checkpoints(tmp_path).save(2, [Failing("one")])
+    assert ("needed: at least 1,000 bytes, free: " in str(caught.value)) == is_want
+
+
 def test_writing_that_never_ends_ends_the_run(tmp_path):
     found = checkpoints(tmp_path)
     found.timeout_s = 0.5
@@ -303,13 +365,16 @@ def test_without_any_whole_one_a_run_does_not_start_anew(tmp_path):
     first, second = save(found, 5, [one]), save(found, 7, [one])
     flip(first)
     flip(second)
-    with pytest.raises(
-        CheckpointError, match="no whole checkpoint is left in .*got: damaged, .*: step_00000005; do: put a"
-    ):
+    both = r"got: all are damaged: step_00000007 \({0}\), step_00000005 \({0}\); do: put a whole one back"
+    with pytest.raises(CheckpointError, match=both.format("one/deeper/value has another hash")):
         found.load(second, [one], or_older=True)
+    cut(second)  # found when the job looks for a checkpoint, the other one when it reads it
+    assert checkpoints(tmp_path).newest() == first
+    words = r"step_00000007 \(one/deeper/value has 1 bytes instead of 2\), step_00000005 \(.* has another hash\); do"
+    with pytest.raises(CheckpointError, match=words):
+        checkpoints(tmp_path).load(first, [one], or_older=True)
     cut(first)
-    cut(second)
-    with pytest.raises(CheckpointError, match="no whole .*got: damaged, as was said: step_00000007, step_00000005; do"):
+    with pytest.raises(CheckpointError, match=both.format("one/deeper/value has 1 bytes instead of 2")):
         found.newest()
     shutil.rmtree(first)
     shutil.rmtree(second)
@@ -319,40 +384,72 @@ def test_without_any_whole_one_a_run_does_not_start_anew(tmp_path):
         found.newest()
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read: Linux has one")
-def test_a_file_that_cannot_be_read_is_damage(tmp_path):
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     found, one = checkpoints(tmp_path), Counter("one", 0)
     save(found, 5, [one])
     path = save(found, 7, [one])
-    (path / "one" / "deeper" / "value").unlink()
-    (path / "one" / "deeper" / "value").symlink_to("/proc/self/mem")  # its first page is not there: EIO
-    text = json.loads((path / "manifest.json").read_text())
-    del text["manifest_sha256"]
-    text["files"]["one/deeper/value"]["size"] = 0
-    (path / "manifest.json").write_text(manifest_text(text))
+
+    def bad_sector(file, *, flush=False):
+        if "step_00000007" in str(file):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file)
+
+    monkeypatch.setattr("pipeline.checkpoint.manifest.digest", bad_sector)
     with pytest.raises(CheckpointError, match="is corrupt; got: one/deeper/value cannot be read .Input/output error"):
         found.load(path, [one])
     assert found.load(path, [one], or_older=True) == 5
 
 
-@pytest.mark.parametrize("content", [b"step_00000009", b"step_000", b"", b"\xff\x00"])
+@pytest.mark.parametrize(
+    "content", [b"step_00000009", b"step_000", b"", b"\xff\x00", b"s" * 5000, b"step_" + b"9" * 5000]
+)
 def test_a_damaged_latest_does_not_matter(tmp_path, content, caplog):
     found = checkpoints(tmp_path)
     path = save(found, 7)
     (tmp_path / "checkpoints" / "latest").write_bytes(content)
     with caplog.at_level(logging.ERROR):
         assert found.newest() == path
-    assert ("which is not there" in caplog.text) == (content != b"")
+    assert "which is not there" in caplog.text and len(caplog.text) < 2000
     found.truncate_after(7)
     assert latest(tmp_path) == path.name
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_latest_that_is_no_file_does_not_matter_and_nobody_waits_for_it(tmp_path, make, caplog):
+    found = checkpoints(tmp_path)
+    path = save(found, 7)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    make(tmp_path / "checkpoints" / "latest")
+    assert found.newest() == path
+    assert "nothing that can be read" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"three", b"-1", b"\xff", b"9" * 5000, "٣".encode()])
+def test_a_damaged_back_to_is_said(tmp_path, content):
+    found = checkpoints(tmp_path)
+    save(found, 7)
+    (tmp_path / "checkpoints" / "back_to").write_bytes(content)
+    with pytest.raises(CheckpointError, match="back_to is damaged: .*expected: the number of a step; do: write .* or"):
+        found.newest()
+    # While a run goes on, too: every rank learns of it.
+    with pytest.raises(CheckpointError, match="could not write the checkpoint of step 8; older .*back_to is damaged"):
+        save(found, 8)
+
+
+def test_foreign_folders_are_no_checkpoints(tmp_path):
+    found = checkpoints(tmp_path)
+    path = save(found, 7)
+    for name in ("step_9", "step_00000009_old", "step_٣", "step_" + "9" * 100, "step_-0000009"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert found.newest() == path
 
 
 def test_what_costs_no_reading_is_checked_early(tmp_path):
     found = checkpoints(tmp_path)
     path = save(found, 7, [Counter("one", 11)])
-    assert found.check(path)["step"] == 7
+    assert found.check(path).step == 7
     flip(path)
-    assert found.check(path)["step"] == 7
+    assert found.check(path).step == 7
     cut(path)
     with pytest.raises(CheckpointError, match="has 1 bytes instead of 2"):
         found.check(path)
@@ -374,3 +471,126 @@ def test_another_run_or_format_is_refused_whatever_older_ones_there_are(tmp_path
     (path / "manifest.json").write_text('{"format": 1}')  # it had no hash of its own
     with pytest.raises(CheckpointError, match="another format; got: format 1; expected: format 2; do: resume it with"):
         found.newest()
+
+
+HASH = "0" * 64
+ENTRY = {"size": 0, "sha256": HASH}
+# What a manifest says whose own hash is right, and what is said of it. Nothing in it is believed before it is checked.
+REWRITTEN = [
+    ({"step": "7"}, r"step is '7' \(Input should be a valid integer\) in manifest.json"),
+    ({"step": True}, r"step is True \(Input should be a valid integer\)"),
+    ({"step": 7.0}, r"step is 7.0 \(Input should be a valid integer\)"),
+    ({"step": None}, "step is None"),
+    ({"step": -7}, "step is -7 "),
+    ({"step": 10**30}, "step is 10{30} "),
+    ({"step": 10**4000}, "step is a whole number of about 4,001 digits"),
+    ({"step": 8}, "got: manifest.json of step 8; expected: a folder step_"),
+    ({"world_size": 0}, "world_size is 0 "),
+    ({"world_size": "1"}, "world_size is '1' "),
+    ({"world_size": [1]}, r"world_size is \[1\] "),
+    ({"world_size": 10**12}, "world_size is 10{12} "),
+    ({"group_size": 0}, "group_size is 0 "),
+    ({"group_size": -1}, "group_size is -1 "),
+    ({"group_size": 2}, "groups of 2 do not divide 1 ranks"),
+    ({"identity": []}, r"identity is \[\] "),
+    ({"identity": "x" * 9999}, r"identity is 'x+\.\.\.x+' "),
+    ({"files": []}, r"files is \[\] "),
+    ({"files": "all"}, "files is 'all' "),
+    ({"files": {"one/deeper/value": 2}}, "files.one/deeper/value is 2 "),
+    ({"files": {"one/deeper/value": {"size": 2}}}, "files.one/deeper/value.sha256 is missing"),
+    ({"files": {"one/deeper/value": {"size": "2", "sha256": HASH}}}, "files.one/deeper/value.size is '2' "),
+    ({"files": {"one/deeper/value": {"size": -2, "sha256": HASH}}}, "files.one/deeper/value.size is -2 "),
+    ({"files": {"one/deeper/value": {"size": 2, "sha256": "abc"}}}, "files.one/deeper/value.sha256 is 'abc' "),
+    ({"files": {"one/deeper/value": {"size": 2, "sha256": 0}}}, "files.one/deeper/value.sha256 is 0 "),
+    *[
+        ({"files": {name: ENTRY}}, "not the name of a file below the checkpoint")
+        for name in (
+            "/etc/passwd", "../step_00000005/one", "one/../../value", "..", ".", "", "one//value", "./one", "one/",
+            "manifest.json", "one\0", "one\ud800", "one\nvalue",
+        )
+    ],
+    ({"files": {"x" * 5000: ENTRY}}, "x cannot be read .File name too long|x is missing"),
+    ({"files": {"one/deeper/value": ENTRY, "one/link": ENTRY}}, "one/link leads outside the checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), REWRITTEN)
+def test_a_manifest_that_was_rewritten_to_fit_is_not_believed(tmp_path, changes, words, caplog):
+    found, one = checkpoints(tmp_path), Counter("one", 10)
+    save(found, 5, [one])
+    path = save(found, 7, [one])
+    (path / "one" / "link").symlink_to("/etc/passwd")
+    content = json.loads((path / "manifest.json").read_text())
+    del content["manifest_sha256"]
+    (path / "manifest.json").write_text(manifest_text({**content, **changes}))
+    with pytest.raises(DamageError, match=f"(?s){words}.*do: "):
+        found.load(path, [one])
+    with caplog.at_level(logging.ERROR):
+        newest = found.newest()
+    assert newest is not None and newest.name == "step_00000005", caplog.text
+    assert found.load(newest, [one], or_older=True) == 5
+
+
+@pytest.mark.parametrize("key", ["step", "world_size", "group_size", "identity", "files"])
+def test_what_a_manifest_leaves_out_is_named(tmp_path, key):
+    found = checkpoints(tmp_path)
+    path = save(found, 7)
+    content = json.loads((path / "manifest.json").read_text())
+    del content["manifest_sha256"], content[key]
+    (path / "manifest.json").write_text(manifest_text(content))
+    with pytest.raises(DamageError, match=f"got: {key} is missing in manifest.json"):
+        found.check(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"format": 2, "a": ' + "[" * 5000, "\ud800"])
+def test_a_manifest_of_garbage_is_damage(tmp_path, text):
+    found = checkpoints(tmp_path)
+    path = save(found, 7)
+    (path / "manifest.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(DamageError, match="is not a whole checkpoint; got: (ValueError|JSONDecodeError|UnicodeDecode)"):
+        found.check(path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_manifest_that_is_no_file_is_damage_and_nobody_waits_for_it(tmp_path, make):
+    found = checkpoints(tmp_path)
+    path = save(found, 7)
+    (path / "manifest.json").unlink()
+    make(path / "manifest.json")
+    with pytest.raises(DamageError, match="is not a whole checkpoint; got: (IsADirectory|OS)Error at manifest.json"):
+        found.check(path)
+
+
+def test_a_checkpoint_under_another_name_of_a_persons_is_a_checkpoint(tmp_path):
+    found = checkpoints(tmp_path)
+    path = save(found, 7)
+    shutil.copytree(path, tmp_path / "best one")
+    (tmp_path / "link").symlink_to(path)
+    assert found.check(tmp_path / "best one").step == found.check(tmp_path / "link").step == 7
+    shutil.copytree(path, path.with_name("step_00000009"))
+    with pytest.raises(DamageError, match="got: manifest.json of step 7"):
+        found.check(path.with_name("step_00000009"))
+
+
+def test_what_an_owner_cannot_read_is_damage_before_anything_is_loaded(tmp_path):
+    found, one, two = checkpoints(tmp_path), Counter("one", 10), Counter("two", 20)
+    save(found, 5, [one, two])
+    path = save(found, 7, [one, two])
+    (path / "two" / "deeper" / "value").write_text("zz")
+    content = json.loads((path / "manifest.json").read_text())
+    del content["manifest_sha256"]
+    content["files"]["two/deeper/value"] = digest(path / "two" / "deeper" / "value")
+    (path / "manifest.json").write_text(manifest_text(content))
+    one.value = two.value = 0
+    with pytest.raises(DamageError, match="is corrupt; got: two: the value is no number; got: zz; do: resume from"):
+        found.load(path, [one, two])
+    assert one.value == 0
+    assert found.load(path, [one, two], or_older=True) == 5
+    assert (one.value, two.value) == (10, 20)
+
+
+def test_checkpoints_of_this_format_written_before_are_read_as_before(tmp_path):
+    path = save(checkpoints(tmp_path), 7, [Counter("one", 11)])
+    manifest = read_manifest(path)
+    assert (manifest.step, manifest.world_size, manifest.group_size) == (7, 1, 1)
+    assert manifest.identity == {"backbone": "abc"} and list(manifest.files) == ["one/deeper/value"]

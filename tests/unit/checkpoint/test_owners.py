@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.checkpoint.folder import SavedWorld
+from pipeline.checkpoint.manifest import DamageError
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
 from pipeline.checkpoint.reshard import ShardPlace, rank_file
 from pipeline.data.lanes import Lanes
@@ -144,3 +145,115 @@ def test_random_numbers_go_on(tmp_path):
     write()  # what the generators were then, however far they are now
     RandomOwner().load(tmp_path, ALONE)
     assert draw() == expected
+
+
+def put(path, change):
+    """Rewrites a stored JSON."""
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+
+
+JUNK = ["", "[]", "[" * 100_000, "\x00", '{"index": 1}', "1" * 5000]
+LANES = [
+    lambda state: state.update(index="1"),
+    lambda state: state.update(index=-1),
+    lambda state: state.update(index=10**30),
+    lambda state: state.update(lanes=[1]),
+    lambda state: state["lanes"].update({"0": 7}),
+    lambda state: state["lanes"].update({"0": {"ordinal": 1.5, "offset": 0}}),
+    lambda state: state["lanes"].update({"0": {"ordinal": 0, "offset": -1}}),
+    lambda state: state.pop("fingerprint"),
+]
+
+
+@pytest.mark.parametrize("change", LANES)
+def test_lanes_of_another_type_are_damage(tmp_path, change):
+    owner = LanesOwner(lanes(7, 9, 5))
+    owner.save(tmp_path)()
+    owner.check(tmp_path, ALONE)
+    put(tmp_path / "rank_00000.json", change)
+    with pytest.raises(DamageError, match="rank_00000.json holds something else; got: "):
+        owner.check(tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("text", JUNK)
+@pytest.mark.parametrize("owner", [LanesOwner(lanes(7, 9, 5)), RandomOwner()], ids=lambda owner: owner.name)
+def test_junk_is_damage(tmp_path, owner, text):
+    owner.save(tmp_path)()
+    (tmp_path / "rank_00000.json").write_text(text)
+    with pytest.raises(DamageError, match="rank_00000.json holds something else; got: "):
+        owner.check(tmp_path, ALONE)
+
+
+def test_a_place_outside_the_documents_is_said(tmp_path):
+    owner = LanesOwner(lanes(7, 9, 5))
+    owner.save(tmp_path)()
+    put(tmp_path / "rank_00000.json", lambda state: state["lanes"]["1"].update(offset=5000))
+    owner.check(tmp_path, ALONE)
+    with pytest.raises(DataError, match="points outside a document; got: lane 1, document 0, token 5000"):
+        owner.load(tmp_path, ALONE)
+
+
+GENERATORS = [
+    lambda state: state["python"].pop(),
+    lambda state: state.update(python=[3, [1, 2], None]),
+    lambda state: state["python"][1].__setitem__(0, "x"),
+    lambda state: state["python"][1].__setitem__(0, -1),
+    lambda state: state.update(numpy=["MT19937", [1], 0, 0, 0.0]),
+    lambda state: state["numpy"].__setitem__(0, "other"),
+    lambda state: state["numpy"][1].__setitem__(0, 2**40),
+    lambda state: state.pop("numpy"),
+]
+
+
+@pytest.mark.parametrize("change", GENERATORS)
+def test_generators_of_another_type_are_damage_and_nobody_loses_his(tmp_path, change):
+    RandomOwner().save(tmp_path)()
+    RandomOwner().check(tmp_path, ALONE)
+    put(tmp_path / "rank_00000.json", change)
+    before = random.getstate()
+    with pytest.raises(DamageError, match="rank_00000.json holds something else; got: "):
+        RandomOwner().check(tmp_path, ALONE)
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize("tensors", [{}, {"cpu": torch.zeros(3, dtype=torch.uint8)}, {"cpu": torch.zeros(5056)}])
+def test_torch_generators_of_another_shape_are_damage(tmp_path, tensors):
+    RandomOwner().save(tmp_path)()
+    save_file(tensors, tmp_path / "rank_00000.safetensors")
+    with pytest.raises(DamageError, match="rank_00000.safetensors holds something else; got: "):
+        RandomOwner().check(tmp_path, ALONE)
+
+
+SHARD = [
+    lambda state: state.pop("positions"),
+    lambda state: state.update(slots=state["slots"] + 3),
+    lambda state: state.update(slots=state["slots"] * 0),
+    lambda state: state.update(slots=state["slots"].float()),
+    lambda state: state.update(positions=state["positions"] - 100),
+    lambda state: state.update(positions=state["positions"][:-1]),
+    lambda state: state.update(documents=state["documents"][0]),
+    lambda state: state.update(next_slot=torch.tensor(99)),
+    lambda state: state.update(num_chunks=torch.tensor([1, 2])),
+]
+
+
+@pytest.mark.parametrize("change", SHARD)
+def test_a_shard_whose_places_contradict_each_other_is_damage(tmp_path, change):
+    owner, state = owner_of(filled_bank()), filled_bank().state_dict()
+    save_file(state, rank_file(tmp_path, 0))
+    owner.check(tmp_path, ALONE)
+    change(state)
+    save_file(state, rank_file(tmp_path, 0))
+    with pytest.raises(DamageError, match="rank_00000.safetensors holds something else; got: "):
+        owner.check(tmp_path, ALONE)
+
+
+def test_a_shard_of_a_rank_that_is_missing_is_damage(tmp_path):
+    save_file(filled_bank().state_dict(), rank_file(tmp_path, 0))
+    with pytest.raises(DamageError, match=r"rank_00001.safetensors holds something else; got: FileNotFoundError"):
+        owner_of(filled_bank()).check(tmp_path, SavedWorld(2, 1))
+    (tmp_path / "rank_00000.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(DamageError, match=r"rank_00000.safetensors holds something else; got: SafetensorError"):
+        owner_of(filled_bank()).check(tmp_path, ALONE)

@@ -97,6 +97,11 @@ def test_a_literal_that_agrees_is_accepted(make: Make, tmp_path: Path) -> None:
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size is "auto"'),
         ([1], "the file is not a JSON object; got: list"),
         ("{", "the file is not valid JSON: Expecting property name"),
+        ('{"a": ' * 3000 + "1" + "}" * 3000, "the file is not valid JSON: it is nested too deep; do: name one of"),
+        ('{"a": ' * 300 + "1" + "}" * 300, "the file is not valid JSON: it is nested too deep; do: name one of"),
+        ('{"a": ' + "9" * 5000 + "}", "the file is not valid JSON: Exceeds the limit"),
+        ("null", "the file is not a JSON object; got: NoneType; do: name one of ds_configs/*.json"),
+        ("", "the file is not valid JSON: Expecting value"),
         ('{"a": 1, "a": 2}', "the file is not valid JSON: key given twice: a"),
     ],
 )  # fmt: skip
@@ -143,3 +148,20 @@ def test_a_missing_file_is_named_with_the_places(make: Make, tmp_path: Path, mon
     message = f"backbone.deepspeed names a file that does not exist; got: none.json; looked in: {tmp_path} and"
     with pytest.raises(ConfigError, match=re.escape(message)):
         backbone_deepspeed(make("--backbone.deepspeed=none.json"), 1)
+
+
+def test_what_is_no_file_of_text_is_said(make: Make, tmp_path: Path) -> None:
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    cases = {
+        str(tmp_path): "the file cannot be read: Is a directory; expected: a JSON file; do: name one of ds_configs",
+        str(binary): "the file is not valid JSON: 'utf-8' codec can't decode byte 0xff",
+        "/dev/zero": "the file cannot be read: Not a plain file; expected: a JSON file; do: name one of",
+        "x" * 3000: "names a file that does not exist; got: " + "x" * 200 + "...; looked in",
+        str(binary / "below"): "names a file that does not exist",
+    }
+    for name, words in cases.items():
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            sidenet_deepspeed(make("--train.deepspeed", name), 1)
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            backbone_deepspeed(make("--backbone.deepspeed", name), 1)

@@ -85,9 +85,12 @@ def test_help_prints_every_field_with_default_and_text(argv: list[str], capsys: 
     for section, keys in Config.model_json_schema()["$defs"].items():
         for key in keys["properties"]:
             assert f".{key} " in text, section
-    assert "--memory.tokens  (whole number >= 1; default 65536)\n      Tokens remembered per lane" in text
-    assert "--data.lanes  (whole number >= 1; required)" in text
-    assert "--sidenet.num_layers  (whole number >= 1 or null; default null)" in text
+    assert (
+        "--memory.tokens  (whole number >= 1 and <= 10,000,000,000; default 65536)\n      Tokens remembered per lane"
+        in text
+    )
+    assert "--data.lanes  (whole number >= 1 and <= 1,000,000; required)" in text
+    assert "--sidenet.num_layers  (whole number >= 1 and <= 10,000 or null; default null)" in text
 
 
 @pytest.mark.parametrize("argv", [[], ["--train.steps", "3"], ["--config"]])

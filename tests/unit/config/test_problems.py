@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config, DataConfig
@@ -43,7 +46,32 @@ Make = Callable[..., Config]
         ("--train.adam_beta2=1", "train.adam_beta2 is not valid; got: 1; expected: number >= 0 and < 1"),
         ("--train.learning_rate=0", "train.learning_rate is not valid; got: 0; expected: number > 0"),
         ("--train.warmup_steps=11", "train.warmup_steps is longer than the run; got: 11; expected: at most"),
-        ("--train.stop_after_steps=0", "train.stop_after_steps is not valid; got: 0; expected: whole number >= 1 or"),
+        ("--train.stop_after_steps=0", "train.stop_after_steps is not valid; got: 0; expected: whole number >= 1 and "
+         "<= 1,000,000,000 or null"),
+        ("--run.output_dir=a\0b", "run.output_dir is not valid; got: 'a\\x00b'; expected: text"),
+        ("--run.seed=18446744073709551616", "run.seed is not valid; got: 18446744073709551616; expected: whole number "
+         ">= 0 and < 9,223,372,036,854,775,808"),
+        (f"--run.seed=0x{'f' * 5000}", "run.seed is not valid; got: a whole number of about 6,021 digits; expected: "),
+        (f"--run.seed={'9' * 5000}", "run.seed on the command line is not valid YAML; got: '9999"),
+        ("--memory.position=fixed:1" + 30 * "0", "memory.position is not valid; got: 'fixed:1" + 30 * "0" +
+         "'; expected: `none`, `true`, `fixed:N` or `clamp:N`, N a whole number of at most 9 digits"),
+        ("--run.collective_timeout_s=1" + 18 * "0", "run.collective_timeout_s is not valid; got: 1000000000000000000; "
+         "expected: whole number >= 10 and <= 1,000,000"),
+        ("--memory.tokens=1000000000000", "memory.tokens is not valid; got: 1000000000000; expected: whole number >= 1 "
+         "and <= 10,000,000,000"),
+        ("--train.learning_rate=1e300", "train.learning_rate is not valid; got: 1e+300; expected: number > 0 and <= 1"),
+        ("--train.learning_rate=1e400", "train.learning_rate is not valid; got: inf; expected: number > 0"),
+        ("--train.adam_epsilon=1e-300", "train.adam_epsilon is not valid; got: 1e-300; expected: number >= 1e-30 and"),
+        ("--train.steps=1" + 30 * "0", "train.steps is not valid; got: 1000000000000000000000000000000; expected: "),
+        ("--data.lanes=100000000000", "data.lanes is not valid; got: 100000000000; expected: whole number >= 1 and <="),
+        ("--sidenet.memory_layers=[1, 100000]", "sidenet.memory_layers is not valid; got: [1, 100000]; expected: "),
+        ("--sidenet.gate_init=-1e30", "sidenet.gate_init is not valid; got: -1e+30; expected: number >= -10000 and"),
+        ("--checkpoint.every_minutes=1e300", "checkpoint.every_minutes is not valid; got: 1e+300; expected: number >="),
+        ("--train.steps=" + "[" * 3000, "train.steps on the command line is not valid YAML; got: '[[[["),
+        ("--train.steps=" + "[" * 3000 + "]" * 3000, "train.steps on the command line is not valid YAML; got: '[[[["),
+        ("--train.steps=2001-99-99", "train.steps on the command line is not valid YAML; got: '2001-99-99'"),
+        ("--train.steps=!!bool x", "train.steps on the command line is not valid YAML; got: '!!bool x'"),
+        ("--train.steps=&a [*a]", "train.steps is not valid; got: [[[[...]]]]; expected: whole number"),
         ("--checkpoint.keep=0", "checkpoint.keep is not valid; got: 0; expected: whole number >= 1"),
         ("--run.output_dir=", "run.output_dir is not valid; got: ''; expected: text"),
         ("--train.steps=[", "train.steps on the command line is not valid YAML; got: '['"),
@@ -72,6 +100,14 @@ def test_memory_layer_beyond_the_sidenet(make: Make) -> None:
         ("memory: 5\n", "memory is not a section; got: 5; expected: its keys, indented below `memory:`"),
         ("memory:\n  tokens: 8\n  tokens: 16\n", "the file is not valid YAML: key given twice: tokens"),
         ("memory: [\n", "the file is not valid YAML: while parsing"),
+        ("memory: " + "[" * 3000 + "]" * 3000, "the file is not valid YAML: it is nested too deep"),
+        ("memory: " + "{a: " * 3000 + "}" * 3000, "the file is not valid YAML: it is nested too deep"),
+        ("memory:\n  tokens: " + "9" * 5000, "the file is not valid YAML: a value cannot be read (Exceeds the limit"),
+        (f"memory:\n  0x{'f' * 1000}: 1\n", "unknown key memory.a whole number of about 1,205 digits; "),
+        ("x" * 1000 + ": 4\n", "unknown key " + "x" * 200 + "...; "),
+        ("memory:\n  tokens: 2001-02-30\n", "the file is not valid YAML: a value cannot be read (day is out of range"),
+        ("? [a, b]\n: 4\n", "the file is not valid YAML: while constructing a mapping"),
+        ("memory: \0\n", "the file is not valid YAML: unacceptable character #x0000"),
     ],
 )
 def test_mistakes_of_the_file(minimal_path: Path, text: str, message: str) -> None:
@@ -94,6 +130,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(path)
     with pytest.raises(ConfigError, match="the file cannot be read: Is a directory"):
         load_config(tmp_path)
+    path.write_bytes(b" " * (2 << 20))
+    with pytest.raises(ConfigError, match="the file cannot be read: it has more than 1,048,576 bytes"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="the file cannot be read: it has more than 1,048,576 bytes"):
+        load_config("/dev/zero")
+    with pytest.raises(ConfigError, match="the file cannot be read: File name too long"):
+        load_config("x" * 5000)
+    with pytest.raises(ConfigError, match="the file cannot be read: Not a directory"):
+        load_config(path / "below")
     path.write_bytes(b"run: \xff")
     with pytest.raises(ConfigError, match="the file is not UTF-8 text: byte 5"):
         load_config(path)
@@ -109,7 +154,9 @@ def test_an_empty_file_names_every_required_field(tmp_path: Path) -> None:
         load_config(path)
     required = ["run.output_dir", "backbone.path", "data.path", "data.lanes", "train.steps"]
     assert [problem.split()[0] for problem in caught.value.problems] == required
-    assert caught.value.problems[3].endswith("expected: whole number >= 1; do: write `lanes: ...` below `data:`")
+    assert caught.value.problems[3].endswith(
+        "expected: whole number >= 1 and <= 1,000,000; do: write `lanes: ...` below `data:`"
+    )
 
 
 def test_all_problems_at_once_rules_between_sound_fields_too(minimal_path: Path) -> None:
@@ -131,3 +178,22 @@ def test_rules_hold_without_a_file_too(make: Make) -> None:
     values["memory"] |= {"tokens": 10, "top_k_tokens": 10}
     with pytest.raises(ConfigError, match=r"configuration has 2 problem"):
         Config.model_validate(values)
+
+
+def test_what_many_aliases_stand_for_is_not_written_out(minimal_path: Path) -> None:
+    text = "memory:\n  tokens: &a0 [x]\n"
+    text += "".join(f"  t{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 30))
+    text += "  chunk_size: *a29\n"
+    minimal_path.write_text(minimal_path.read_text() + text)
+    with pytest.raises(ConfigError, match="memory.chunk_size is not valid; got: ") as caught:
+        load_config(minimal_path)
+    assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
+def test_every_seed_in_range_seeds_every_generator(make: Make, seed: int) -> None:
+    accepted = make(f"--run.seed={seed}").run.seed
+    random.seed(accepted)
+    np.random.seed(accepted % 2**32)
+    np.random.default_rng([accepted, 0, 0, 0])
+    torch.manual_seed(accepted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.distributed.launchers import first_host, is_started_by_mpi, local_rank, slurm_ranks
+from pipeline.distributed.launchers import first_host, is_started_by_mpi, local_rank, local_size, slurm_ranks
 
 # As srun of SLURM 22.05 sets them, in `srun --nodes=2 --ntasks-per-node=2`.
 TASK = {
@@ -76,3 +76,11 @@ def test_what_mpi_started() -> None:
 )
 def test_the_number_on_the_machine_is_known_before_the_job_is_joined(environment, number) -> None:
     assert local_rank(environment) == number
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, 1), ({"LOCAL_WORLD_SIZE": "8"}, 8), ({"LOCAL_SIZE": "4"}, 4), ({"SLURM_NTASKS_PER_NODE": "2(x3)"}, 1)],
+)
+def test_ranks_of_a_machine(environment, expected):
+    assert local_size(environment) == expected

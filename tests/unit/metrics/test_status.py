@@ -104,3 +104,12 @@ def test_where_nothing_can_be_written_the_log_has_the_reason(small_disk, caplog)
         status.end("failed", "the disk is ill")
     assert "status.json cannot be written" in caplog.text and "failed, the disk is ill" in caplog.text
     assert read(status)["state"] == "running"
+
+
+def test_a_folder_that_was_removed_is_not_made_again(file, caplog):
+    (file.folder / "status.json").unlink()
+    file.folder.rmdir()
+    with caplog.at_level(logging.ERROR):
+        file.end("failed", "the run folder was removed")
+    assert not file.folder.exists()
+    assert "status.json cannot be written" in caplog.text and "failed, the run folder was removed" in caplog.text

@@ -35,6 +35,14 @@ def test_dtype_of_the_bank(dtype: str, precision: str, expected: torch.dtype) ->
     assert side.bank.dtype == expected
 
 
+def test_a_bank_that_no_machine_holds_is_refused_before_it_is_allocated() -> None:
+    # For a token and 2 layers, 3 lanes, 2 heads of 12 numbers: 1152 bytes of keys and values, 144 of chunk keys and 8
+    # of marks, as a chunk has 4 tokens. Remembered are 10,000,000,000 and a segment of 16.
+    words = "does not fit into host memory; got: 13,040,000,020,864 bytes for a rank.*launch/plan.py says what fits"
+    with pytest.raises(ConfigError, match=words):
+        TinyLongMem(tiny_model("qwen3"), lanes=3, sidenet=TWO_OF_FOUR, memory={"tokens": 10**10})
+
+
 def test_layers_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="sidenet.num_layers is 5; the backbone allows 1 to 4"):
         layout_of(tiny_config(sidenet={"num_layers": 5}), 4)

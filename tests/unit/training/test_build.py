@@ -67,6 +67,9 @@ def test_without_checkpoint_or_with_none_a_run_starts_anew(tiny_run, tmp_path):
 class Nothing:
     name = "nothing"
 
+    def least_bytes(self):
+        return 0
+
     def save(self, folder):
         """There is nothing to write."""
 
@@ -83,6 +86,7 @@ class Nothing:
 )
 def test_a_checkpoint_that_does_not_fit_the_settings_is_refused_early(tiny_run, tmp_path, overrides, words):
     found = {"precision": "fp32", "memory": True, "segments_per_step": 2}
+    (tmp_path / "run").mkdir()
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, group_size=1, identity=found)
     saved = checkpoints.save(3, [Nothing()])  # type: ignore[list-item]
     checkpoints.publish_if_written(wait=True)

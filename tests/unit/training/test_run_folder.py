@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -94,3 +97,103 @@ def test_what_a_killed_start_left_while_it_loaded_is_no_obstacle_and_goes(tmp_pa
 def test_memory_groups_may_change(tmp_path):
     claim(tmp_path, tiny_config())
     claim(tmp_path, tiny_config(memory={"group_size": 2}, checkpoint={"memory": "replay"}))
+
+
+DAMAGED = {
+    "empty": b"",
+    "garbage": b"\x00\x01\x02",
+    "binary": b"\xff\xfe",
+    "a list": b"- run\n",
+    "text": b"run",
+    "a section that is none": b"run: 5\n",
+    "deep": b"run: " + b"[" * 3000 + b"]" * 3000,
+    "digits": b"run:\n  seed: " + b"9" * 5000,
+    "cut": b"run:\n  output_dir: 'x",
+    "large": b"#" * (17 << 20),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_settings_are_said_and_left_as_they_are(tmp_path, content):
+    claim(tmp_path, tiny_config())
+    (tmp_path / "config.yaml").write_bytes(content)
+    before = content_and_names(tmp_path)
+    words = r"settings in the run folder are damaged; nothing was written; got: .*config.yaml \(.*do: copy sidenet/conf"
+    with pytest.raises(TrainingError, match=words) as caught:
+        claim(tmp_path, tiny_config())
+    assert content_and_names(tmp_path) == before and len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("config.yaml")])
+def test_settings_that_are_no_file_are_said_and_nobody_waits_for_them(tmp_path, make):
+    make(tmp_path / "config.yaml")
+    with pytest.raises(TrainingError, match="the settings in the run folder are damaged"):
+        check_folder(tmp_path, tiny_config())
+
+
+def test_settings_that_came_later_are_at_their_defaults(tmp_path):
+    config = tiny_config(train={"weight_decay": 0.5})
+    claim(tmp_path, config)
+    found = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del found["train"]["adam_beta1"], found["evaluation"], found["sidenet"]["memory_layers"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
+    check_folder(tmp_path, config)
+    del found["train"]["weight_decay"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
+    with pytest.raises(TrainingError, match=r"got: train.weight_decay 0.5; expected: train.weight_decay 0.01 "):
+        check_folder(tmp_path, config)
+    found["train"] |= {"weight_decay": 0.5, "not_known": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
+    with pytest.raises(TrainingError, match=r"got: train.not_known None; expected: train.not_known 1"):
+        check_folder(tmp_path, config)
+
+
+def content_and_names(folder):
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
+
+
+def test_a_folder_below_a_file_or_in_no_place_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    cases = {
+        tmp_path / "file" / "run": "Not a directory: .*file",
+        tmp_path / "file" / "deeper" / "run": "Not a directory: .*file",
+        tmp_path / ("x" * 300): "File name too long",
+        tmp_path / ("x" * 300) / "run": "File name too long",
+        tmp_path / "dangling" / "run": "Not a directory: .*dangling",
+        Path("/proc/runs/one"): "/proc|No such file",
+    }
+    before = sorted(tmp_path.iterdir())
+    for folder, words in cases.items():
+        with pytest.raises(TrainingError, match=f"run.output_dir cannot be used; got: .*{words}.*; expected: a folder"):
+            check_folder(folder, tiny_config())
+    with pytest.raises(TrainingError, match="run.output_dir is not a folder; got: .*dangling; do: choose"):
+        check_folder(tmp_path / "dangling", tiny_config())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.fixture()
+def read_only(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=False).returncode:
+        folder.chmod(0o500)
+        if os.geteuid() == 0:
+            pytest.skip("root writes everywhere, and a file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+    folder.chmod(0o700)
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(read_only):
+    for folder in (read_only, read_only / "run", read_only / "deeper" / "run"):
+        with pytest.raises(
+            TrainingError, match=r"run.output_dir cannot be used; got: .*; do: see to its disk \(mounted"
+        ):
+            check_folder(folder, tiny_config())
+
+
+def test_a_check_leaves_nothing(tmp_path):
+    check_folder(tmp_path / "a" / "b", tiny_config())
+    check_folder(tmp_path, tiny_config())
+    assert not list(tmp_path.iterdir())
