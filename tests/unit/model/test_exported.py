@@ -30,9 +30,6 @@ class Weights:
     def __init__(self, tiny: TinyLongMem) -> None:
         self.tiny = tiny
 
-    def least_bytes(self) -> int:
-        return 0
-
     def save(self, folder: Path) -> None:
         weights = {name: weight.detach().clone() for name, weight in self.tiny.longmem.sidenet.named_parameters()}
         save_file(weights, folder / "model.safetensors")
