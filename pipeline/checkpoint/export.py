@@ -7,6 +7,7 @@ DIR/model.safetensors   the SideNet's weights, fp32, by their names in the model
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damaged, raise_damage, read_manifest
-from pipeline.checkpoint.room import room_words
+from pipeline.checkpoint.room import is_want_of_room, room_words
 from pipeline.checkpoint.shelf import Shelf
+from pipeline.config.untrusted import short
 from pipeline.errors import CheckpointError
 
 WEIGHTS, SETTINGS, ABOUT = "model.safetensors", "config.yaml", "export.json"
@@ -51,15 +53,19 @@ def export(source: Path, output: Path) -> Path:
         _write(checkpoint, output, about)
     except OSError as error:
         needed = sum(manifest.files[name].size for name in wanted)
+        room = f"; {room_words(output, needed)}" if is_want_of_room(error) else ""
         raise CheckpointError(
             "the output cannot be written; nothing is left of it",
-            got=f"{output} ({error}); {room_words(output, needed)}",
-            do="name a new folder where you may write and where there is room",
+            got=f"{output} ({error}){room}",
+            expected="a new folder where one can be made",
+            do="name one where you may write and where there is room",
         ) from error
     return checkpoint
 
 
 def _write(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
+    if os.path.lexists(output.parent) and not output.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent))
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +90,14 @@ def _write_below(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
 def _find(source: Path) -> Path:
     if os.path.isfile(source / MANIFEST):
         return source
-    found = Shelf(source / "checkpoints", keep=1).newest_first()
+    try:
+        found = Shelf(source / "checkpoints", keep=1).newest_first()
+    except OSError:  # such as a name that is too long
+        found = []
     if not found:
         raise CheckpointError(
             "there is no checkpoint to export",
-            got=source,
+            got=short(str(source)),
             expected="a folder step_* of a run's checkpoints, or a run folder with one",
             do="name one of them",
         )

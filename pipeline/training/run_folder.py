@@ -103,6 +103,9 @@ def _check_holds(folder: Path, config: Config) -> None:
 def _check_writable(folder: Path) -> None:
     """Makes a folder where the run will write, and removes it: permissions and mounts are known only by trying.
 
+    Args:
+        folder: The run folder; may be missing.
+
     Raises:
         OSError: It cannot be made.
     """

@@ -132,6 +132,48 @@ def test_an_ill_run_ends_with_its_checkpoint_intact_and_says_why(
         assert hashlib.sha256((newest / name).read_bytes()).hexdigest() == entry.sha256
 
 
+def train_until_removed(when: str, config: Config) -> None:
+    """Trains; rank 0 removes the run folder in a step, before the next one is saved, or while it is saved."""
+    from pipeline.distributed.ranks import barrier, rank
+    from pipeline.training.build import build_run
+    from pipeline.training.loop import train
+
+    run = build_run(config)
+    step, save = run.trainer.step, run.owners[1].save
+
+    def remove() -> None:
+        run.checkpoints.publish_if_written(wait=True)
+        if rank() == 0:
+            shutil.rmtree(config.run.output_dir)
+        barrier()
+
+    def stepped(number: int, **kwargs: Any) -> Any:
+        if number == ILL_STEP and when == "in a step":
+            remove()
+        return step(number, **kwargs)
+
+    def saved(folder: Path) -> Any:
+        rest = save(folder)
+        if "writing_00000006" in str(folder) and when == "while saving":
+            remove()
+        return rest
+
+    run.trainer.step = stepped  # type: ignore[method-assign]
+    run.owners[1].save = saved  # type: ignore[method-assign]
+    train(run)
+
+
+@pytest.mark.parametrize("when", ["in a step", "while saving"])
+def test_a_run_folder_that_is_removed_ends_the_run_and_is_not_made_again(
+    when: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    with pytest.raises(RanksFailedError, match=r"run folder was removed while the run trained.*do: put the") as caught:
+        run_ranks(train_until_removed, 2, when, tiny_run.config(tmp_path / "run"), init_process_group=False)
+    assert "rank 0 raised" in str(caught.value) and "rank 1 raised" in str(caught.value)
+    assert str(caught.value).count("the run folder was removed while the run trained") > 1  # rank 1 says it, too
+    assert not (tmp_path / "run").exists()
+
+
 def lose_rank_one(config: Config) -> None:
     """Rank 1 is killed while the backbone is loaded."""
     from transformers import AutoModelForCausalLM

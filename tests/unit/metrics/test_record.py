@@ -122,3 +122,16 @@ def test_tensorboard_holds_numbers_and_histograms(tmp_path: Path) -> None:
     assert events.Tags()["histograms"] == ["memory/age_tokens"]
     histogram = events.Histograms("memory/age_tokens")[0]
     assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.sum) == (4, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\n", b"[" * 100_000 + b"\n", b"1" * 5000 + b"\n", b"\x00\n", b'{"step": "1"}\n']
+)
+def test_a_damaged_record_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / METRICS_NAME).write_bytes(content)
+    for read in (lambda: read_metrics(tmp_path), lambda: MetricsWriter(tmp_path).truncate_after(3)):
+        with pytest.raises(
+            DataError, match="metrics.jsonl (cannot be read|line 1 is not a record of a step); .*do: rep"
+        ):
+            read()
+    assert (tmp_path / METRICS_NAME).read_bytes() == content
