@@ -141,7 +141,7 @@ class Measured:
         """As if all that can be remembered had been read."""
         bank, trainer, tokens = self.run.bank, self.run.trainer, self.run.config.train.segment_tokens
         assert bank is not None
-        shape, group = bank.shape, trainer.exchange
+        shape, group = bank.shape, trainer.stream.exchange
         documents = torch.zeros(shape.num_lanes, tokens, dtype=torch.int64)
         for number in range(-(-self.run.config.memory.tokens // (tokens * group.size))):
             pair = torch.randn(2, shape.num_lanes, shape.num_kv_heads, tokens, shape.head_dim)

@@ -25,13 +25,13 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.config.load import load_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainConfig
 from pipeline.data.lanes import Segment
 from pipeline.data.stdlib import collect
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem
+from pipeline.model.stream import Stream
 from pipeline.training.build import build_model
 from pipeline.training.engines import start_distributed
 from pipeline.training.step import StepResult, Trainer
@@ -96,7 +96,7 @@ def with_noise(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def filled_bank(model: LongMem, tokens: np.ndarray, size: int) -> MemoryBank:
     """A bank with `size` tokens in it."""
-    bank, length = model.bank(1, num_tokens=size), model.config.train.segment_tokens
+    bank, length = model.bank(1, num_tokens=size), model.settings.segment_tokens
     documents = torch.zeros(1, length, dtype=torch.int64)
     text = torch.from_numpy(tokens[: len(tokens) // length * length])
     encoded = [
@@ -110,11 +110,12 @@ def filled_bank(model: LongMem, tokens: np.ndarray, size: int) -> MemoryBank:
     return bank
 
 
-def trainer_for(model: LongMem, engine: object, tokens: np.ndarray, size: int) -> Trainer:
+def trainer_for(model: LongMem, engine: object, train: TrainConfig, tokens: np.ndarray, size: int) -> Trainer:
     """A trainer with a full bank of a size, 0 for none."""
     bank = filled_bank(model, tokens, size) if size else None
-    lane = TextLane(tokens, model.config.train.segment_tokens, bank)
-    return Trainer(model, engine, lane, bank, exchange=Alone(), timer=PhaseTimer(), num_segments=1)  # type: ignore[arg-type]
+    lane, timer = TextLane(tokens, model.settings.segment_tokens, bank), PhaseTimer()
+    stream = Stream(model, bank, phase=timer.phase)
+    return Trainer(stream, engine, lane, train, timer=timer, num_segments=1)  # type: ignore[arg-type]
 
 
 def peak_mib(build: Callable[[], Trainer]) -> float:
@@ -175,17 +176,18 @@ def main() -> None:
             config = configure(profile, arguments.backbone, arguments.segment_tokens, folder)
             model, engine, _ = build_model(config, device)
             if arguments.peak is not None:
-                print(peak_mib(partial(trainer_for, model, engine, tokens, arguments.peak)))
+                print(peak_mib(partial(trainer_for, model, engine, config.train, tokens, arguments.peak)))
                 return
-            trainers = {size: trainer_for(model, engine, tokens, size) for size in SIZES}
+            trainers = {size: trainer_for(model, engine, config.train, tokens, size) for size in SIZES}
             results: dict[int, list[StepResult]] = {size: [] for size in SIZES}
             for number in range(arguments.rounds + 1):
                 for size, trainer in trainers.items():
                     result = trainer.step(number + 1)
                     if number:  # the first round warms up
                         results[size].append(result)
-            banks = {s: t.bank.shape.bytes(t.bank.dtype) / 2**20 if t.bank else 0.0 for s, t in trainers.items()}
-            del trainers, model, engine
+            held = {size: trainer.stream.bank for size, trainer in trainers.items()}
+            banks = {size: bank.shape.bytes(bank.dtype) / 2**20 if bank else 0.0 for size, bank in held.items()}
+            del held, trainers, model, engine
             show(profile, results, {size: measure_peak(arguments, profile, size) for size in SIZES}, banks)
 
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
-from pipeline.config.schema import Config
+from pipeline.config.model import MemoryConfig, ModelSettings, SideNetConfig
 from pipeline.model.longmem import LongMem, layout_of
+from pipeline.model.stream import Seen, Stream
 from pipeline.sidenet.sidenet import SideNet
 
 SEGMENT = 256
@@ -65,62 +66,48 @@ def rows_for(num_layers: int) -> list[Row]:
     ]
 
 
-def config_for(row: Row, backbone: str, memory_tokens: int) -> Config:
-    """The configuration of one row."""
-    return Config.model_validate(
-        {
-            "run": {"output_dir": "unused"},
-            "backbone": {"path": backbone},
-            "data": {"path": "unused", "lanes": 1},
-            "memory": {
-                "tokens": memory_tokens,
-                "chunk_size": row.chunk_size,
-                "top_k_tokens": row.top_k_tokens,
-                "position": row.position,
-                "query_block_tokens": 64,
-            },
-            "sidenet": {
-                "layout": "top",
-                "num_layers": row.layers,
-                "memory_layers": row.memory_layers or [1],
-                "fusion": row.fusion,
-                "gate_init": row.bias,
-            },
-            "train": {"steps": 1, "segment_tokens": SEGMENT},
-        }
+def settings_for(row: Row, memory_tokens: int) -> ModelSettings:
+    """The settings of one row."""
+    memory = MemoryConfig(
+        tokens=memory_tokens,
+        chunk_size=row.chunk_size,
+        top_k_tokens=row.top_k_tokens,
+        position=row.position,
+        query_block_tokens=64,
     )
+    layers = row.memory_layers or [1]
+    side = {"layout": "top", "num_layers": row.layers, "memory_layers": layers, "fusion": row.fusion}
+    sidenet = SideNetConfig.model_validate({**side, "gate_init": row.bias})
+    return ModelSettings(memory=memory, sidenet=sidenet, segment_tokens=SEGMENT)
 
 
 @torch.no_grad()
 def perplexity(
     row: Row,
     backbone: Backbone,
-    path: str,
     encodings: Sequence[Encoding],
     tokens: torch.Tensor,
     first: int,
     memory: int,
 ) -> float:
-    """Perplexity of the segments from `first` on; every segment is appended as it goes by."""
-    config = config_for(row, path, memory)
-    layout = layout_of(config, len(backbone.layers))
-    side = SideNet(backbone, layout, fusion=row.fusion, gate_init=row.bias)
-    model = LongMem(config, backbone, side)
-    bank = model.bank(1)
+    """Perplexity of the segments from `first` on; every segment is remembered as it goes by."""
+    settings = settings_for(row, memory)
+    layout = layout_of(settings.sidenet, len(backbone.layers))
+    model = LongMem(settings, backbone, SideNet(backbone, layout, fusion=row.fusion, gate_init=row.bias))
+    stream, documents = Stream(model, model.bank(1)), torch.zeros(1, SEGMENT, dtype=torch.int64)
     total, count = 0.0, 0
     for index, encoding in enumerate(encodings):
         start = index * SEGMENT
-        documents = torch.zeros(1, SEGMENT, dtype=torch.int64)
-        memory_kv = [(encoding.memory[s - 1].key, encoding.memory[s - 1].value) for s in layout.memory_sources]
-        bank.append(memory_kv, start=start, documents=documents)
+        # Encoded once for all rows, with the keys and values of every layer: a row remembers some.
+        seen = Seen(encoding._replace(memory=[encoding.memory[s - 1] for s in layout.memory_sources]), documents, start)
+        stream.remember(seen)
         if index < first:
             continue
-        reader = model.reader(bank, start=start, documents=documents) if row.memory_layers else None
         inputs = tokens[start : start + SEGMENT + 1]
         targets = inputs[None, 1:].clone()
         if len(inputs) <= SEGMENT or (first == 8 and len(encodings) == 12):  # a passage ends where the next begins
             targets = torch.cat([inputs[None, 1:SEGMENT], torch.tensor([[-100]])], dim=1)
-        losses = model.losses(model.hidden(encoding, reader), targets)
+        losses = stream.losses(seen, targets, memory="own" if row.memory_layers else "none")
         total += float(losses.sum())
         count += int((targets != -100).sum())
     return math.exp(total / count)
@@ -154,8 +141,8 @@ def main() -> None:
             continue
         begun = time.perf_counter()
         # Each segment of the novel sees the 2,048 to 4,096 tokens before it: a memory of 4,096, scored from 2,048 on.
-        left = perplexity(row, backbone, arguments.backbone, encoded["novel"], novel, 8, 4096)
-        right = perplexity(row, backbone, arguments.backbone, encoded["again"], again, 8, 2048)
+        left = perplexity(row, backbone, encoded["novel"], novel, 8, 4096)
+        right = perplexity(row, backbone, encoded["again"], again, 8, 2048)
         print(f"{row.name:44} {left:8.2f} {right:8.2f} {time.perf_counter() - begun:8.1f}", flush=True)
 
 

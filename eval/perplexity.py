@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,15 +26,13 @@ from eval.report import (
     PerplexityReport,
     summarise,
 )
-from pipeline.backbone.encoding import Encoding
 from pipeline.config.schema import Config
 from pipeline.data.held_out import held_out_documents
 from pipeline.data.store import TokenStore
 from pipeline.errors import ConfigError
-from pipeline.memory.bank import MemoryBank
-from pipeline.memory.reader import BankReader, MemoryRead
 from pipeline.model.longmem import LongMem
 from pipeline.model.loss import IGNORED
+from pipeline.model.stream import Memory, Seen, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -198,42 +196,12 @@ def _conditions(config: Config, conditions: Sequence[str] | None, *, num_documen
     return tuple(conditions)
 
 
-class _BorrowedMemory:
-    """Lets each row read the memory of its partner: rows 0 and 1, 2 and 3, ... swap.
-
-    Queries go to the partner's lane and what they read comes back, so nothing is copied in the bank.
-
-    Args:
-        reader: Reads each row's own memory.
-        num_rows: `B`, even.
-    """
-
-    def __init__(self, reader: BankReader, num_rows: int) -> None:
-        assert num_rows % 2 == 0
-        self.reader = reader
-        self.partner = torch.arange(num_rows) ^ 1
-
-    def read(self, layer: int, query: Tensor) -> MemoryRead:
-        """Reads one memory layer.
-
-        Args:
-            layer: Memory layer, counted from 0.
-            query: `[B, H, T, D]`.
-
-        Returns:
-            What each row reads in its partner's memory.
-        """
-        partner = self.partner.to(query.device)
-        read = self.reader.read(layer, query[partner])
-        return MemoryRead(read.values[partner], read.log_sum_exp[partner])
-
-
 class _Batch:
     """Some documents, one a row, read in lockstep with a bank of their own."""
 
     def __init__(self, model: LongMem, store: TokenStore, config: Config, rows: Sequence[_Row]) -> None:
         settings = config.evaluation
-        self.model, self.rows = model, rows
+        self.rows = rows
         self.segment_tokens, self.context_tokens = config.train.segment_tokens, settings.context_tokens
         num_tokens = settings.context_tokens + settings.scored_tokens
         # One token more, where the document has it: the target of the last one.
@@ -244,7 +212,10 @@ class _Batch:
         for row, piece in enumerate(pieces):
             self.targets[row, : len(piece) - 1] = torch.from_numpy(piece[1:]).to(device)
         self.documents = torch.arange(len(rows), device=device)[:, None].expand(-1, self.segment_tokens)
-        self.bank: MemoryBank = model.bank(len(rows), num_tokens=min(config.memory.tokens, num_tokens))
+        self.partners = torch.arange(len(rows), device=device) ^ 1
+        bank = model.bank(len(rows), num_tokens=min(config.memory.tokens, num_tokens))
+        # A row is one document: within it scope `document` hides nothing, and `group` would show it the others'.
+        self.stream = Stream(model, bank, scope="lane")
 
     def score(self, conditions: Sequence[str], *, after_segment: Callable[[], object]) -> list[DocumentLosses]:
         """Reads the documents to the end.
@@ -257,12 +228,12 @@ class _Batch:
             The rows that count.
         """
         losses: dict[str, list[Tensor]] = {name: [] for name in conditions}
-        for start, encoding in self._segments():
+        for start in range(0, self.tokens.shape[1], self.segment_tokens):
+            segment = slice(start, start + self.segment_tokens)
+            seen = self.stream.feed(self.tokens[:, segment], self.documents)
             if start >= self.context_tokens:
-                targets = self.targets[:, start : start + self.segment_tokens]
                 for name in conditions:
-                    losses[name].append(self._losses(name, encoding, targets, start).double().cpu())
-            self.model.append(self.bank, encoding, start=start, documents=self.documents)
+                    losses[name].append(self._losses(name, seen, self.targets[:, segment]).double().cpu())
             after_segment()
         whole = {name: torch.cat(pieces, dim=1).numpy() for name, pieces in losses.items()}
         counts = (self.targets[:, self.context_tokens :] != IGNORED).double().cpu().numpy()
@@ -272,23 +243,12 @@ class _Batch:
             if row.counted
         ]
 
-    def _segments(self) -> Iterator[tuple[int, Encoding]]:
-        for start in range(0, self.tokens.shape[1], self.segment_tokens):
-            segment = self.tokens[:, start : start + self.segment_tokens]
-            yield start, self.model.encode(segment, self.documents)
-
-    def _losses(self, condition: str, encoding: Encoding, targets: Tensor, start: int) -> Tensor:
+    def _losses(self, condition: str, seen: Seen, targets: Tensor) -> Tensor:
         """Losses of one segment, nats, float32 `[B, T]`."""
         if condition == BACKBONE:
-            return self.model.backbone_losses(encoding, targets)
-        reader: BankReader | _BorrowedMemory | None = None
-        if condition in (MEMORY_ON, OTHER_MEMORY):
-            # A row is one document: within it scope `document` hides nothing, and `group` would show it the others'.
-            settings = replace(self.model.settings, scope="lane")
-            reader = BankReader(self.bank, settings, self.model.geometries, start=start, documents=self.documents)
-            if condition == OTHER_MEMORY:
-                reader = _BorrowedMemory(reader, len(self.rows))
-        return self.model.losses(self.model.hidden(encoding, reader), targets)
+            return self.stream.backbone_losses(seen, targets)
+        memory: Mapping[str, Memory] = {MEMORY_OFF: "none", MEMORY_ON: "own", OTHER_MEMORY: self.partners}
+        return self.stream.losses(seen, targets, memory=memory[condition])
 
 
 def _gather(mine: tuple[list[DocumentLosses], float], *, world_size: int) -> list[tuple[list[DocumentLosses], float]]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.reader import AgeObserver, BankReader
+from pipeline.memory.reader import AgeObserver
 from pipeline.model.longmem import LongMem, build
+from pipeline.model.stream import Stream
 from tests.reference import ReferenceSideNet, Rules
 from tests.tiny_config import tiny_config
 from tests.tiny_models import VOCABULARY
@@ -28,14 +29,18 @@ class TinyLongMem:
 
     def __init__(self, model: PreTrainedModel, *, lanes: int = 2, **overrides: Mapping[str, Any]) -> None:
         self.config = tiny_config(**overrides)
-        self.longmem = LongMem(self.config, *build(self.config, model))
+        settings = self.config.model
+        self.longmem = LongMem(settings, *build(settings, model))
         self.bank: MemoryBank = self.longmem.bank(lanes)
-        self.reader: BankReader | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """One that has not moved, with the bank as it is."""
+        return Stream(self.longmem, self.bank)
 
     def remember(self, tokens: Tensor, *, start: int, documents: Tensor | None = None) -> None:
         """Encodes and appends a segment of every lane."""
-        documents = torch.zeros_like(tokens) if documents is None else documents
-        self.longmem.append(self.bank, self.longmem.encode(tokens, documents), start=start, documents=documents)
+        self.stream.feed(tokens, torch.zeros_like(tokens) if documents is None else documents, start=start)
 
     def hidden(
         self,
@@ -46,13 +51,10 @@ class TinyLongMem:
         memory: bool = True,
         observe_ages: AgeObserver | None = None,
     ) -> Tensor:
-        """Input of the LM head `[B, T, E]`."""
+        """Input of the LM head `[B, T, E]`; nothing is remembered."""
         documents = torch.zeros_like(tokens) if documents is None else documents
-        encoding = self.longmem.encode(tokens, documents)
-        reader = None
-        if memory:
-            reader = self.longmem.reader(self.bank, start=start, documents=documents, observe_ages=observe_ages)
-        return self.longmem.hidden(encoding, reader)
+        seen = self.stream.look(tokens, documents, start=start)
+        return self.stream.hidden(seen, memory="own" if memory else "none", observe_ages=observe_ages)
 
     def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Logits `[B, T, V]`."""

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from pipeline.config.schema import Config, Section
+from pipeline.config.kinds import Section
+from pipeline.config.schema import Config
 
 PLAIN_KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 BOUNDS = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}

@@ -12,10 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.fields import all_settings, nearest_setting, section_models
+from pipeline.config.model import dotted
 from pipeline.config.output import readers_may_leave
 from pipeline.config.reference import help_text
 from pipeline.config.rules import rule_problems
-from pipeline.config.schema import Config, dotted
+from pipeline.config.schema import Config
 from pipeline.config.untrusted import read_small, short, shown
 from pipeline.config.yaml_text import read_yaml, write_yaml
 from pipeline.errors import ConfigError

@@ -1,72 +1,33 @@
 """Every setting of a run: one frozen class a component, a text under each field with its unit.
 
-The ranges stand in the types, so that the check, the error message and `docs/configuration.md` have one source.
+The ranges stand in the types (`kinds.py`), so that the check, the error message and `docs/configuration.md` have one
+source; what the model is stands in `model.py`.
 What needs two fields at once is in `rules.py`; what needs the world size in `world.py`; what needs the backbone
 (layer numbers, for one) is checked by whoever loads it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from pipeline.config.kinds import (
+    Beta,
+    Count,
+    Factor,
+    Fraction,
+    Precision,
+    Section,
+    Steps,
+    StepsOrZero,
+    Text,
+    Tokens,
+    TokensOrZero,
+)
+from pipeline.config.model import MemoryConfig, ModelSettings, SideNetConfig, dotted
 from pipeline.config.rules import rule_problems
 from pipeline.errors import ConfigError
-
-MOST_STEPS = 10**9
-MOST_TOKENS = 10**10
-"""In a memory, in a context: more than any host holds, and far from where numbers of 64 bits end."""
-
-
-def _nameable(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("no file has such a name")
-    return text
-
-
-# Generous, and safe: everything that is worked out of numbers within these ranges fits the types of torch and numpy.
-Count = Annotated[int, Field(ge=1, le=10**6)]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-StepsOrZero = Annotated[int, Field(ge=0, le=MOST_STEPS)]
-Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-TokensOrZero = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
-Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_nameable)]
-Factor = Annotated[float, Field(ge=0, le=1e6)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Precision = Literal["fp32", "bf16", "fp16"]
-
-POSITION_PATTERN = re.compile(r"none|true|(fixed|clamp):[1-9][0-9]{0,8}")
-MOST_LAYERS = 10**4
-
-
-def _position(value: object) -> object:
-    # An unquoted `true` in YAML is a boolean; the rule that it names is text.
-    text = "true" if value is True else value
-    if isinstance(text, str) and not POSITION_PATTERN.fullmatch(text):
-        raise ValueError("not a position rule")
-    return text
-
-
-def _memory_layers(value: object) -> object:
-    if value is None or value == "all":
-        return value
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError("neither 'all' nor a list of layers")
-    if any(type(layer) is not int or not 1 <= layer <= MOST_LAYERS for layer in value) or len(set(value)) != len(value):
-        raise ValueError("layers are counted from 1, each named once")
-    return tuple(sorted(value))
-
-
-class Section(BaseModel):
-    """Base of all settings: frozen, strict (no text where a number belongs), unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class RunConfig(Section):
@@ -107,77 +68,6 @@ class DataConfig(Section):
     is loaded; `size` compares the sizes of its files."""
     lanes: Count
     """Rows of the training stream, over the whole job and not per rank. The memory groups must divide them."""
-
-
-class MemoryConfig(Section):
-    """The memory bank and how it is read."""
-
-    enabled: bool = True
-    """Whether the SideNet reads memory at all. Off is the baseline with the same weights."""
-    tokens: Tokens = 65536
-    """Tokens remembered per lane and memory layer; a multiple of `chunk_size`."""
-    chunk_size: Count = 4
-    """Consecutive tokens retrieved together, found by the mean of their keys."""
-    top_k_tokens: Count = 64
-    """Tokens that each query head retrieves for each token; a multiple of `chunk_size`."""
-    scope: Literal["document", "lane", "group"] = "lane"
-    """Which past a query sees: its own document's, its lane's, or that of all lanes of its memory group."""
-    group_size: Count = 1
-    """Ranks that share one bank and read it together. Divides the world size and train.segments_per_step."""
-    search: Literal["torch", "faiss"] = "torch"
-    """Exact search by blocked matrix products, or by a flat faiss index."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of what is remembered; `auto` takes `train.precision`."""
-    device: Literal["accelerator", "host"] = "accelerator"
-    """Where the bank lives: beside the model, or in host memory when it does not fit there."""
-    position: Annotated[
-        str,
-        BeforeValidator(_position),
-        Field(
-            json_schema_extra={"kind": "`none`, `true`, `fixed:N` or `clamp:N`, N a whole number of at most 9 digits"}
-        ),
-    ] = "none"
-    """How far back remembered tokens seem to lie, in tokens: nowhere (`none`, the paper), at their real distance
-    (`true`), all N back (`fixed:N`), at their real distance up to N (`clamp:N`)."""
-    query_block_tokens: Count = 64
-    """Query tokens searched at once: bounds the scores that are whole in memory."""
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks that the bank holds per lane and memory layer."""
-        return self.tokens // self.chunk_size
-
-    @property
-    def top_k_chunks(self) -> int:
-        """Chunks that each query head retrieves for each token."""
-        return self.top_k_tokens // self.chunk_size
-
-
-class SideNetConfig(Section):
-    """The trained side-network."""
-
-    layout: Literal["uniform", "top"] = "uniform"
-    """`uniform`: blocks spread evenly over the whole backbone (the paper); `top`: one SideNet layer beside each of
-    the backbone's last layers."""
-    num_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
-    """SideNet layers; null takes half the backbone's for `uniform` and all of them for `top`."""
-    memory_layers: Annotated[
-        tuple[int, ...] | Literal["all"] | None,
-        BeforeValidator(_memory_layers),
-        Field(
-            json_schema_extra={"kind": f"`all`, null, or a list of different whole numbers >= 1 and <= {MOST_LAYERS:,}"}
-        ),
-    ] = None
-    """SideNet layers that read memory, counted from 1; null is one layer, three quarters up (the paper)."""
-    residual: Literal["interleaved", "paper"] = "interleaved"
-    """Where the backbone's residual differences come in; with `interleaved` the untrained SideNet is the backbone."""
-    fusion: Literal["gate", "joint"] = "gate"
-    """How memory joins local attention: a learnt mix per head (the paper), or one softmax over both."""
-    gate_init: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
-    """Start of the number learnt per head. `gate`: sigmoid of it is the weight of local attention; `joint`: it is
-    added to the memory's logits."""
-    activation_checkpointing: bool = False
-    """Recompute the SideNet's activations in the backward pass: less memory, about a third more time."""
 
 
 class TrainConfig(Section):
@@ -287,9 +177,16 @@ class Config(Section):
     """Scoring of held-out documents."""
 
     @property
-    def memory_dtype(self) -> Precision:
-        """Number format of the bank, `auto` resolved."""
-        return self.train.precision if self.memory.dtype == "auto" else self.memory.dtype
+    def model(self) -> ModelSettings:
+        """What the model is, apart from how it is trained."""
+        train = self.train
+        return ModelSettings(
+            memory=self.memory,
+            sidenet=self.sidenet,
+            segment_tokens=train.segment_tokens,
+            precision=train.precision,
+            loss_piece_tokens=train.loss_piece_tokens,
+        )
 
     @model_validator(mode="after")
     def _check_rules(self) -> Config:
@@ -297,20 +194,3 @@ class Config(Section):
         if problems:
             raise ConfigError(problems)
         return self
-
-
-def dotted(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten sections to dotted names.
-
-    Args:
-        sections: Section name to a mapping of its keys; a section that is no mapping is left out.
-
-    Returns:
-        `section.key` to value.
-    """
-    return {
-        f"{section}.{key}": value
-        for section, keys in sections.items()
-        if isinstance(keys, Mapping)
-        for key, value in keys.items()
-    }

@@ -51,8 +51,8 @@ def load_exported(folder: Path, model: PreTrainedModel) -> LongMem:
             expected=wanted,
             do="load the backbone that backbone.path of its config.yaml names",
         )
-    config = load_config(folder / SETTINGS)
-    backbone, sidenet = build(config, model)
+    settings = load_config(folder / SETTINGS).model
+    backbone, sidenet = build(settings, model)
     shapes = {name: parameter.shape for name, parameter in sidenet.named_parameters()}
     other = {name for name in shapes.keys() | weights.keys() if shapes.get(name) != _shape(weights.get(name))}
     if other:
@@ -62,7 +62,7 @@ def load_exported(folder: Path, model: PreTrainedModel) -> LongMem:
             do="export the checkpoint again",
         )
     sidenet.load_state_dict(weights, strict=False)  # buffers came with the copies of the backbone's layers
-    return LongMem(config, backbone, sidenet)
+    return LongMem(settings, backbone, sidenet)
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
-from pipeline.config.schema import Config
+from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.distributed.launchers import local_size
 from pipeline.memory.bank import BankShape, MemoryBank, ring_chunks
 from pipeline.memory.exchange import Exchange
@@ -32,11 +32,11 @@ from pipeline.sidenet.sidenet import SideNet
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def layout_of(config: Config, num_backbone_layers: int) -> Layout:
-    """The SideNet's layout that a configuration asks for.
+def layout_of(side: SideNetConfig, num_backbone_layers: int) -> Layout:
+    """The SideNet's layout that its settings ask for.
 
     Args:
-        config: The run's settings.
+        side: The SideNet's settings.
         num_backbone_layers: Layers of the backbone.
 
     Returns:
@@ -45,7 +45,6 @@ def layout_of(config: Config, num_backbone_layers: int) -> Layout:
     Raises:
         ConfigError: A layer index is out of range.
     """
-    side = config.sidenet
     return Layout.build(
         num_backbone_layers,
         layout=side.layout,
@@ -59,7 +58,7 @@ class LongMem:
     """Backbone and SideNet with the settings that join them to memory. Holds no memory: banks are made and passed.
 
     Args:
-        config: The run's settings.
+        settings: What it is.
         backbone: The frozen backbone, with the taps, calls and memory layers of `layout`.
         sidenet: The SideNet.
         encode: Runs the backbone; the backbone itself, or the engine that partitions it.
@@ -68,23 +67,24 @@ class LongMem:
 
     def __init__(
         self,
-        config: Config,
+        settings: ModelSettings,
         backbone: Backbone,
         sidenet: SideNet,
         *,
         encode: Callable[..., Any] | None = None,
         run_sidenet: Callable[..., Any] | None = None,
     ) -> None:
-        self.config, self.backbone, self.sidenet = config, backbone, sidenet
+        self.settings, self.backbone, self.sidenet = settings, backbone, sidenet
         self._encode = encode or backbone
         self._run_sidenet = run_sidenet or sidenet
-        self.settings = ReadSettings(
-            num_tokens=config.memory.tokens,
-            top_k_chunks=config.memory.top_k_tokens // config.memory.chunk_size,
-            scope=config.memory.scope,
-            rule=PositionRule.parse(config.memory.position),
-            search=config.memory.search,
-            query_block_tokens=config.memory.query_block_tokens,
+        memory = settings.memory
+        self.read_settings = ReadSettings(
+            num_tokens=memory.tokens,
+            top_k_chunks=memory.top_k_chunks,
+            scope=memory.scope,
+            rule=PositionRule.parse(memory.position),
+            search=memory.search,
+            query_block_tokens=memory.query_block_tokens,
         )
         sources = sidenet.layout.memory_sources
         self.geometries = [Geometry(backbone.positions(source), backbone.scale(source)) for source in sources]
@@ -108,11 +108,10 @@ class LongMem:
         Raises:
             ConfigError: It cannot be held where it belongs.
         """
-        memory = self.config.memory
-        dtype = self.config.train.precision if memory.dtype == "auto" else memory.dtype
+        memory, dtype = self.settings.memory, DTYPES[self.settings.memory_dtype]
         num_chunks = ring_chunks(
             memory.tokens if num_tokens is None else num_tokens,
-            segment_tokens=self.config.train.segment_tokens,
+            segment_tokens=self.settings.segment_tokens,
             chunk_size=memory.chunk_size,
             group_size=group_size,
         )
@@ -125,9 +124,9 @@ class LongMem:
             chunk_size=memory.chunk_size,
         )
         device = torch.device("cpu") if memory.device == "host" else self.device
-        needed = shape.bytes(DTYPES[dtype]) + shape.marks_bytes()
+        needed = shape.bytes(dtype) + shape.marks_bytes()
         check_room(needed, device, num_ranks=local_size(os.environ))
-        return MemoryBank(shape, dtype=DTYPES[dtype], device=device)
+        return MemoryBank(shape, dtype=dtype, device=device)
 
     def encode(self, tokens: Tensor, documents: Tensor) -> Encoding:
         """Encodes one segment of each lane with the frozen backbone.
@@ -141,7 +140,7 @@ class LongMem:
         Returns:
             The encoding.
         """
-        inside = documents if self.config.memory.scope == "document" else None
+        inside = documents if self.settings.memory.scope == "document" else None
         encoding: Encoding = self._encode(tokens, inside)
         return encoding
 
@@ -162,6 +161,7 @@ class LongMem:
         *,
         start: int,
         documents: Tensor,
+        settings: ReadSettings | None = None,
         exchange: Exchange | None = None,
         observe_ages: AgeObserver | None = None,
         timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -172,6 +172,7 @@ class LongMem:
             bank: The bank.
             start: Lane position of the segment's first token.
             documents: int64 `[B, T]`.
+            settings: How memory is read; None: `read_settings`.
             exchange: As in `BankReader`.
             observe_ages: As in `BankReader`.
             timed: As in `BankReader`.
@@ -181,7 +182,7 @@ class LongMem:
         """
         return BankReader(
             bank,
-            self.settings,
+            settings or self.read_settings,
             self.geometries,
             start=start,
             documents=documents,
@@ -217,7 +218,7 @@ class LongMem:
         """
         with self.backbone.head_parameters() as (weight, bias):
             head = Head(weight, bias, self._softcap)
-            pieces = self.config.train.loss_piece_tokens
+            pieces = self.settings.loss_piece_tokens
             return token_losses(hidden.flatten(0, 1), targets.flatten(), head, piece_tokens=pieces).view_as(targets)
 
     @torch.no_grad()
@@ -257,13 +258,13 @@ class LongMem:
         return getattr(self.backbone.model.config, "final_logit_softcapping", None)
 
 
-def build(config: Config, model: PreTrainedModel, **kwargs: Any) -> tuple[Backbone, SideNet]:
+def build(settings: ModelSettings, model: PreTrainedModel, **kwargs: Any) -> tuple[Backbone, SideNet]:
     """Builds the backbone wrapper and the SideNet over a loaded causal LM.
 
     Collective: with a partitioned model every rank must call it together.
 
     Args:
-        config: The run's settings.
+        settings: What the model is.
         model: The causal LM.
         **kwargs: `gather`, as in `Backbone`.
 
@@ -275,7 +276,7 @@ def build(config: Config, model: PreTrainedModel, **kwargs: Any) -> tuple[Backbo
         BackboneError: The family is unknown or the variant is not supported.
     """
     num_layers = int(model.config.num_hidden_layers)
-    layout = layout_of(config, num_layers)
+    layout = layout_of(settings.sidenet, num_layers)
     backbone = Backbone(
         model,
         taps=(*layout.taps, num_layers),
@@ -286,8 +287,8 @@ def build(config: Config, model: PreTrainedModel, **kwargs: Any) -> tuple[Backbo
     sidenet = SideNet(
         backbone,
         layout,
-        fusion=config.sidenet.fusion,
-        gate_init=config.sidenet.gate_init,
-        activation_checkpointing=config.sidenet.activation_checkpointing,
+        fusion=settings.sidenet.fusion,
+        gate_init=settings.sidenet.gate_init,
+        activation_checkpointing=settings.sidenet.activation_checkpointing,
     )
     return backbone, sidenet

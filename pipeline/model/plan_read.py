@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipeline.config.schema import Config
+from pipeline.config.model import ModelSettings
 from pipeline.memory.bank import BankShape
 from pipeline.memory.search import MARGIN, numbers_of_search
 from pipeline.memory.view import SLOTS_PER_BLOCK, at_once
@@ -16,11 +16,11 @@ from pipeline.model.traffic import FP32, INT32, INT64
 from pipeline.positions import PositionRule
 
 
-def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: str) -> Iterator[Part]:
+def read_parts(settings: ModelSettings, shape: BackboneShape, bank: BankShape, *, place: str) -> Iterator[Part]:
     """What reading needs beside the bank.
 
     Args:
-        config: The settings.
+        settings: The model.
         shape: The backbone.
         bank: This rank's shard.
         place: Where the shard is, and so where it is read.
@@ -28,8 +28,8 @@ def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: 
     Yields:
         Temporaries of a read, and what is kept until its backward pass.
     """
-    memory, group_size = config.memory, config.memory.group_size
-    block = _block_bytes(config, shape, bank)
+    memory, group_size = settings.memory, settings.memory.group_size
+    block = _block_bytes(settings, shape, bank)
     forward = max(block.search, block.attend) + block.exchange_forward
     yield Part(
         "one read of memory",
@@ -39,20 +39,20 @@ def read_parts(config: Config, shape: BackboneShape, bank: BankShape, *, place: 
         place,
         "a smaller memory.query_block_tokens",
     )
-    queries = bank.num_lanes * shape.num_heads * config.train.segment_tokens
+    queries = bank.num_lanes * shape.num_heads * settings.segment_tokens
     backward = block.attend + block.exchange_backward + queries * (3 * shape.head_dim + 2) * FP32
     yield Part(
         "backward of one read",
-        max(forward, backward) if config.sidenet.activation_checkpointing else backward,
+        max(forward, backward) if settings.sidenet.activation_checkpointing else backward,
         "a block's keys and values once more, with gradients of the segment, B H T (3 D + 2)",
         ("backward",),
         place,
         "a smaller memory.query_block_tokens or train.segment_tokens",
     )
-    near = _near_slots(config, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
+    near = _near_slots(settings, shape, bank) * bank.num_lanes * bank.num_kv_heads * bank.num_layers
     chosen = memory.top_k_chunks * INT32 + INT64 + INT32  # slots, which query, how many
     chosen += INT64 + shape.head_dim * FP32 if group_size > 1 else 0  # who holds them, the query
-    at_once = 1 if config.sidenet.activation_checkpointing else bank.num_layers  # read again, layer by layer
+    at_once = 1 if settings.sidenet.activation_checkpointing else bank.num_layers  # read again, layer by layer
     kept = at_once * group_size * queries * chosen
     rotated = near * (bank.chunk_size + 1) * shape.head_dim * FP32 if shape.positions == "rotary" else 0
     yield Part(
@@ -72,13 +72,13 @@ class _BlockBytes(NamedTuple):
     exchange_backward: int
 
 
-def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _BlockBytes:
+def _block_bytes(settings: ModelSettings, shape: BackboneShape, bank: BankShape) -> _BlockBytes:
     """Bytes of the steps of reading one block of queries."""
-    memory, dim, group_size = config.memory, shape.head_dim, config.memory.group_size
-    queries = bank.num_lanes * shape.num_heads * min(memory.query_block_tokens, config.train.segment_tokens)
+    memory, dim, group_size = settings.memory, shape.head_dim, settings.memory.group_size
+    queries = bank.num_lanes * shape.num_heads * min(memory.query_block_tokens, settings.segment_tokens)
     slots = bank.num_chunks * (bank.num_lanes if memory.scope == "group" else 1)
     run = min(slots, SLOTS_PER_BLOCK)
-    near = _near_slots(config, shape, bank) > 0
+    near = _near_slots(settings, shape, bank) > 0
     device, of_a_head = "cpu" if memory.device == "host" else "cuda", queries // bank.num_kv_heads
     of_a_query = numbers_of_search(run, k=memory.top_k_chunks, dim=dim)
     searched = of_a_head * at_once(bank.num_kv_heads, of_a_head * of_a_query, device=device)
@@ -87,12 +87,12 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     # Under `document` a mask (one for all heads that share a key/value head) and, for a moment, a masked copy.
     masked = memory.scope == "document"
     # ALiBi's bias of keys at their real distance, and that distance.
-    biased = shape.positions == "alibi" and config.memory.position == "true"
+    biased = shape.positions == "alibi" and settings.memory.position == "true"
     bias = biased * (scores + of_a_head * run * FP32)
     search = scores + max(scores * masked, candidates, bias) + of_a_head * run * masked
     retrieved = memory.top_k_tokens * dim
     retrieved *= at_once(queries, retrieved, device=device)
-    stored = DTYPES[config.memory_dtype].itemsize
+    stored = DTYPES[settings.memory_dtype].itemsize
     # Keys and values; beside them for a moment the stored values, or near keys. A CPU multiplies and sums in two steps.
     beside = FP32 * ((near and shape.positions == "rotary") + (memory.device == "host"))
     copies = 2 * FP32 + max(stored if stored < FP32 else 0, beside)
@@ -110,13 +110,13 @@ def _block_bytes(config: Config, shape: BackboneShape, bank: BankShape) -> _Bloc
     )
 
 
-def _near_slots(config: Config, shape: BackboneShape, bank: BankShape) -> int:
+def _near_slots(settings: ModelSettings, shape: BackboneShape, bank: BankShape) -> int:
     """Slots of a lane in this shard that are read at their real distance, added up over the segments of the group."""
-    rule = PositionRule.parse(config.memory.position)
+    rule = PositionRule.parse(settings.memory.position)
     if shape.positions == "learned" or rule.kind in ("none", "fixed"):
         return 0
-    everywhere = config.memory.group_size * bank.num_chunks
+    everywhere = settings.memory.group_size * bank.num_chunks
     if rule.kind == "true":
         return everywhere
     # The last N tokens before each of G segments, a G-th of them here.
-    return min(everywhere, -(-rule.distance // bank.chunk_size) + config.memory.group_size)
+    return min(everywhere, -(-rule.distance // bank.chunk_size) + settings.memory.group_size)

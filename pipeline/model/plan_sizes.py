@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
+from pipeline.config.model import ModelSettings
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit
 from pipeline.memory.bank import BankShape, ring_chunks
@@ -39,7 +40,7 @@ class Sizes:
 
     def __init__(self, config: Config, shape: BackboneShape, split: WorldSplit) -> None:
         self.config, self.shape, self.split = config, shape, split
-        self.layout: Layout = layout_of(config, len(shape.layers))
+        self.layout: Layout = layout_of(config.sidenet, len(shape.layers))
         self.backbone_json = backbone_deepspeed(config, split.world_size)
         self.sidenet_json = sidenet_deepspeed(config, split.world_size)
         self.number_bytes = DTYPES[config.train.precision].itemsize
@@ -140,22 +141,22 @@ class Sizes:
         config, layers = self.config, len(self.layout.memory_layers)
         if not config.memory.enabled:
             return
-        bank = bank_shape(config, self.shape, num_layers=layers, num_lanes=self.split.lanes_per_group)
+        bank = bank_shape(config.model, self.shape, num_layers=layers, num_lanes=self.split.lanes_per_group)
         place = "host" if config.memory.device == "host" else "accelerator"
         remedies = [f"a larger memory.group_size (now {config.memory.group_size})", "a smaller memory.tokens"]
-        if config.memory_dtype == "fp32":
+        if config.model.memory_dtype == "fp32":
             remedies.insert(1, "memory.dtype bf16")
         if place != "host":
             remedies.insert(0, "memory.device host")
         yield Part(
             "memory bank",
-            bank.bytes(DTYPES[config.memory_dtype]),
+            bank.bytes(DTYPES[config.model.memory_dtype]),
             f"{layers} layer(s) x {bank.num_lanes} lane(s) x {bank.num_chunks * bank.chunk_size:,} tokens of the "
             "group's: keys, values, chunk keys",
             place=place,
             remedy=", ".join(remedies),
         )
-        yield from read_parts(config, self.shape, bank, place=place)
+        yield from read_parts(config.model, self.shape, bank, place=place)
 
     def activations(self) -> Iterator[Part]:
         """What is kept of a segment until its backward pass.
@@ -233,11 +234,11 @@ class Sizes:
 _TOKENS = "more ranks with the same data.lanes, or a smaller train.segment_tokens"
 
 
-def bank_shape(config: Config, shape: BackboneShape, *, num_layers: int, num_lanes: int) -> BankShape:
+def bank_shape(settings: ModelSettings, shape: BackboneShape, *, num_layers: int, num_lanes: int) -> BankShape:
     """The shard that `LongMem.bank` makes for a rank.
 
     Args:
-        config: The settings.
+        settings: The model.
         shape: The backbone.
         num_layers: Memory layers.
         num_lanes: `B`.
@@ -245,10 +246,10 @@ def bank_shape(config: Config, shape: BackboneShape, *, num_layers: int, num_lan
     Returns:
         The shard's sizes.
     """
-    memory = config.memory
+    memory = settings.memory
     num_chunks = ring_chunks(
         memory.tokens,
-        segment_tokens=config.train.segment_tokens,
+        segment_tokens=settings.segment_tokens,
         chunk_size=memory.chunk_size,
         group_size=memory.group_size,
     )

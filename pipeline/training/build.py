@@ -35,9 +35,10 @@ from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, toge
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.exchange import Alone, RankGroup
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem, build, layout_of
+from pipeline.model.stream import Stream
 from pipeline.training.engine_owner import EngineOwner
 from pipeline.training.engines import (
     Engines,
@@ -172,7 +173,8 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     bank = _bank(model, split, group) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
     exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
-    trainer = Trainer(model, engine, lanes, bank, exchange=exchange, timer=timer, num_segments=split.accumulation_steps)
+    stream = Stream(model, bank, exchange=exchange, phase=timer.phase)
+    trainer = Trainer(stream, engine, lanes, config.train, timer=timer, num_segments=split.accumulation_steps)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
@@ -186,7 +188,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
         RandomOwner(),
     ]
     if bank is not None:
-        owners.append(_memory_owner(config, model, lanes, bank, exchange))
+        owners.append(_memory_owner(config, stream, lanes, bank))
     return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
 
 
@@ -194,17 +196,17 @@ def _bank(model: LongMem, split: WorldSplit, group: MemoryGroup) -> MemoryBank:
     return together(lambda: model.bank(split.lanes_per_group, group_size=group.size))
 
 
-def _memory_owner(config: Config, model: LongMem, lanes: Lanes, bank: MemoryBank, exchange: Exchange) -> MemoryOwner:
+def _memory_owner(config: Config, stream: Stream, lanes: Lanes, bank: MemoryBank) -> MemoryOwner:
     place = ShardPlace(
         lanes=lanes.lanes,
         num_lanes=config.data.lanes,
-        group_rank=exchange.rank,
-        group_size=exchange.size,
+        group_rank=stream.exchange.rank,
+        group_size=stream.exchange.size,
         segment_tokens=config.train.segment_tokens,
         num_tokens=config.memory.tokens,
     )
     store = config.checkpoint.memory == "save"
-    return MemoryOwner(bank, place, store=store, replay=lambda: replay(model, lanes, bank, exchange))
+    return MemoryOwner(bank, place, store=store, replay=lambda: replay(stream, lanes))
 
 
 def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str]:
@@ -224,10 +226,10 @@ def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str
     """
     engines = Engines(config)
     causal_lm = engines.load()
-    backbone, sidenet = build(config, causal_lm, gather=gather_partitions)
+    backbone, sidenet = build(config.model, causal_lm, gather=gather_partitions)
     backbone_identity = identity(causal_lm, gather=gather_partitions)
     backbone_engine, engine = engines.start(backbone, sidenet.to(device))
-    model = LongMem(config, backbone, sidenet, encode=backbone_engine, run_sidenet=engine)
+    model = LongMem(config.model, backbone, sidenet, encode=backbone_engine, run_sidenet=engine)
     return model, engine, backbone_identity
 
 
@@ -254,7 +256,7 @@ def check_inputs(config: Config) -> Stores:
     whole_config = read_backbone_config(config.backbone.path)
     backbone_config = whole_config.get_text_config()
     family_of(backbone_config)
-    layout_of(config, backbone_config.num_hidden_layers)
+    layout_of(config.sidenet, backbone_config.num_hidden_layers)
     check_weights(config.backbone.path, whole_config)
     check_tokenizer(train, load_tokenizer(config.backbone.path))
     return Stores(train, validation)

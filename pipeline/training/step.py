@@ -16,15 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config.schema import TrainConfig
 from pipeline.data.lanes import Lanes, Segment
 from pipeline.distributed.ranks import gather, world_size
 from pipeline.distributed.signals import ASKS
 from pipeline.errors import TrainingError
-from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Exchange
 from pipeline.memory.reader import AgeObserver
 from pipeline.metrics.phases import PhaseTimer
-from pipeline.model.longmem import LongMem
+from pipeline.model.stream import Stream
 from pipeline.training.optimizer import learning_rate_at, set_learning_rate
 
 
@@ -57,27 +56,25 @@ class Trainer:
     """Does optimizer steps. Owns no state: lanes, memory and engines do.
 
     Args:
-        model: Backbone, SideNet and their engines.
+        stream: Backbone, SideNet, and this rank's part of the memory; without a bank memory is off.
         engine: The SideNet's engine.
-        lanes: The lanes of this rank's memory group.
-        bank: This rank's shard of the memory, or None: memory is off.
-        exchange: The memory group.
+        lanes: The lanes of this rank's memory group; they keep the place.
+        settings: Of the optimization.
         timer: Takes the seconds of phases.
         num_segments: Segments of each lane that this rank reads in a step.
     """
 
     def __init__(
         self,
-        model: LongMem,
+        stream: Stream,
         engine: Any,
         lanes: Lanes,
-        bank: MemoryBank | None,
+        settings: TrainConfig,
         *,
-        exchange: Exchange,
         timer: PhaseTimer,
         num_segments: int,
     ) -> None:
-        self.model, self.engine, self.lanes, self.bank, self.exchange = model, engine, lanes, bank, exchange
+        self.stream, self.engine, self.lanes, self.settings = stream, engine, lanes, settings
         self.timer, self.num_segments = timer, num_segments
 
     def step(
@@ -100,10 +97,11 @@ class Trainer:
         """
         begun = time.perf_counter()
         # Sum of losses, predicted tokens, and who asks for what: all of them travel in one all-reduce.
-        totals = torch.zeros(2 + len(ASKS), dtype=torch.float64, device=self.model.device)
+        totals = torch.zeros(2 + len(ASKS), dtype=torch.float64, device=self.stream.model.device)
+        group = self.stream.exchange
         for micro in range(self.num_segments):
             with self.timer.phase("data"):
-                segment = self.lanes.next_of_group(self.exchange.rank, self.exchange.size)
+                segment = self.lanes.next_of_group(group.rank, group.size)
             losses, counted = self._forward(segment, observe_ages)
             totals[:2] += torch.stack([losses.detach().sum().double(), counted.double()])
             with self.timer.phase("backward"):
@@ -114,7 +112,7 @@ class Trainer:
                     totals[2 + ASKS.index(ask)] = 1
                 self._check_finite(number, totals)
             with self.timer.phase("optimizer"):
-                learning_rate = learning_rate_at(number, self.model.config.train)
+                learning_rate = learning_rate_at(number, self.settings)
                 set_learning_rate(self.engine.optimizer, learning_rate)
                 self.engine.step()
         loss_sum, count, *asks = totals.tolist()
@@ -132,34 +130,17 @@ class Trainer:
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
         """Losses `[B, T]` of one segment of every lane, and how many of its tokens predict."""
-        model, timer = self.model, self.timer
         tokens, targets, documents = (
-            torch.from_numpy(array).to(model.device, non_blocking=True)
+            torch.from_numpy(array).to(self.stream.model.device, non_blocking=True)
             for array in (segment.tokens, segment.targets, segment.documents)
         )
-        with timer.phase("backbone"):
-            encoding = model.encode(tokens, documents)
-        reader = None
-        if self.bank is not None:
-            with timer.phase("append"):
-                model.append(self.bank, encoding, start=segment.start, documents=documents)
-            reader = model.reader(
-                self.bank,
-                start=segment.start,
-                documents=documents,
-                exchange=self.exchange,
-                observe_ages=observe_ages,
-                timed=_phase(timer, "retrieve_and_read"),
-            )
-        with timer.phase("sidenet"):
-            hidden = model.hidden(encoding, reader)
-        with timer.phase("loss"):
-            losses = model.losses(hidden, targets)
+        seen = self.stream.feed(tokens, documents, start=segment.start)
+        losses = self.stream.losses(seen, targets, observe_ages=observe_ages)
         return losses, (targets >= 0).sum()
 
     def _collect_traffic(self) -> dict[str, int]:
-        traffic = dict(self.exchange.traffic)
-        self.exchange.traffic.clear()
+        traffic = dict(self.stream.exchange.traffic)
+        self.stream.exchange.traffic.clear()
         return traffic
 
     def _check_finite(self, number: int, totals: Tensor) -> None:
@@ -181,19 +162,16 @@ class Trainer:
     @property
     def lane_tokens(self) -> int:
         """Tokens of each lane read so far."""
-        return self.lanes.index * self.model.config.train.segment_tokens
+        return self.lanes.index * self.settings.segment_tokens
 
     @property
     def memory_fill(self) -> float:
         """Share of the memory that is filled, of the last `memory.tokens` tokens of each lane."""
-        if self.bank is None:
+        bank = self.stream.bank
+        if bank is None:
             return 0.0
-        remembered = self.bank.num_filled * self.bank.shape.chunk_size * self.exchange.size
-        return min(1.0, remembered / self.model.config.memory.tokens)
-
-
-def _phase(timer: PhaseTimer, name: str) -> Callable[[], Any]:
-    return lambda: timer.phase(name)
+        remembered = bank.num_filled * bank.shape.chunk_size * self.stream.exchange.size
+        return min(1.0, remembered / self.stream.model.settings.memory.tokens)
 
 
 def ages_recorder(into: dict[int, list[np.ndarray]]) -> AgeObserver:

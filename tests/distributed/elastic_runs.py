@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.config.schema import Config
 from pipeline.errors import LongMemError
 from pipeline.model.longmem import LongMem
+from pipeline.model.stream import Stream
 from tests.tiny_run import VOCABULARY
 
 SEGMENT = 16
@@ -55,11 +56,10 @@ def train_all(configs: list[Config]) -> list[Trained]:
 def logits_of(model: LongMem) -> Tensor:
     """Logits of a segment that remembers the one before it, `[1, T, V]`; the same on every rank."""
     tokens = torch.randint(VOCABULARY, (1, 2 * SEGMENT), generator=torch.Generator().manual_seed(1))
-    documents, bank = torch.zeros(1, SEGMENT, dtype=torch.int64), model.bank(1)
-    first, second = (model.encode(part, documents) for part in tokens.split(SEGMENT, dim=1))
-    model.append(bank, first, start=0, documents=documents)
+    documents, stream = torch.zeros(1, SEGMENT, dtype=torch.int64), Stream(model, model.bank(1))
     with torch.no_grad():
-        return model.logits(model.hidden(second, model.reader(bank, start=SEGMENT, documents=documents)))
+        _, second = (stream.feed(part, documents) for part in tokens.split(SEGMENT, dim=1))
+        return model.logits(stream.hidden(second))
 
 
 def die_while_converting(config: Config) -> None:

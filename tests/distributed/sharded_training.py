@@ -21,6 +21,7 @@ from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.memory.reader import AgeObserver
 from pipeline.memory.search import Retrieved, search
 from pipeline.memory.view import MemoryView, Queries
+from pipeline.model.stream import Stream
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
 
@@ -127,6 +128,7 @@ def _train(case: Case, group_size: int) -> Outcome:
     tiny = TinyLongMem(tiny_model(case.family), lanes=num_lanes, **sections)
     model, tokens = tiny.longmem, case.segment * SEGMENTS_PER_STEP * case.lanes
     bank = model.bank(num_lanes, group_size=group_size)
+    stream = Stream(model, bank, exchange=exchange)
     lanes = Lanes(
         RandomText(case),
         num_lanes=case.lanes,
@@ -138,22 +140,14 @@ def _train(case: Case, group_size: int) -> Outcome:
     losses, gradients, ages = [], [], {}
     for step in range(case.steps):
         total = torch.zeros(1)
-        seen: dict[int, list[np.ndarray]] = {}
+        ages_seen: dict[int, list[np.ndarray]] = {}
         for _ in range(SEGMENTS_PER_STEP // group_size):
             lanes.skip(group.rank)
             segment = lanes.next_segment()
             lanes.skip(group_size - 1 - group.rank)
             inputs, targets, documents = map(torch.from_numpy, (segment.tokens, segment.targets, segment.documents))
-            encoding = model.encode(inputs, documents)
-            model.append(bank, encoding, start=segment.start, documents=documents)
-            read_with = model.reader(
-                bank,
-                start=segment.start,
-                documents=documents,
-                exchange=exchange,
-                observe_ages=_recorder(seen),
-            )
-            loss = model.losses(model.hidden(encoding, read_with), targets).sum() / tokens
+            seen = stream.feed(inputs, documents)
+            loss = stream.losses(seen, targets, observe_ages=_recorder(ages_seen)).sum() / tokens
             loss.backward()
             total += loss.detach()
         for parameter in parameters.values():
@@ -161,7 +155,7 @@ def _train(case: Case, group_size: int) -> Outcome:
         _sum(total)
         losses.append(float(total))
         for layer in range(len(model.geometries)):
-            found = gather(np.concatenate(seen.get(layer, [np.zeros(0, dtype=np.int64)])))
+            found = gather(np.concatenate(ages_seen.get(layer, [np.zeros(0, dtype=np.int64)])))
             ages[step, layer] = np.sort(np.concatenate(found))
         gradients.append({name: _gradient(parameter).numpy().copy() for name, parameter in parameters.items()})
         traffic = dict(exchange.traffic)

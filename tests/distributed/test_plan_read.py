@@ -71,7 +71,7 @@ def settings(case: Mapping[str, Any], group_size: int) -> Any:
 def read(name: str, exchange: Exchange) -> dict[str, int]:
     """Bytes that one read takes for a while, keeps, and that its backward pass takes for a while."""
     config, (backbone, encoding) = settings(CASES[name], exchange.size), encoding_of(name)
-    memory, shape = config.memory, bank_shape(config, backbone, num_layers=1, num_lanes=LANES)
+    memory, shape = config.memory, bank_shape(config.model, backbone, num_layers=1, num_lanes=LANES)
     bank = MemoryBank(shape, dtype=DTYPES[memory.dtype], device=torch.device("cpu"))
     generator, size = torch.Generator().manual_seed(exchange.rank), (LANES, shape.num_kv_heads, SEGMENT, shape.head_dim)
     documents = torch.zeros(LANES, SEGMENT, dtype=torch.int64)
@@ -124,8 +124,8 @@ def test_a_read_takes_what_the_plan_says(measured: tuple[int, list[dict[str, dic
     group_size, ranks = measured
     config = settings(CASES[name], group_size)
     backbone, _ = encoding_of(name)
-    bank = bank_shape(config, backbone, num_layers=1, num_lanes=LANES)
-    parts = {part.name: part.num_bytes for part in read_parts(config, backbone, bank, place=config.memory.device)}
+    bank = bank_shape(config.model, backbone, num_layers=1, num_lanes=LANES)
+    parts = {part.name: part.num_bytes for part in read_parts(config.model, backbone, bank, place=config.memory.device)}
     result = LANES * SHAPE.num_heads * SEGMENT * (SHAPE.head_dim + 1) * 4  # values and log-sum-exp
     kept = parts["what reads keep"] + result
     forward = parts["one read of memory"] + kept

@@ -19,6 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.data.lanes import Lanes
 from pipeline.data.store import TokenStore
 from pipeline.model.longmem import LongMem, build
+from pipeline.model.stream import Stream
 from tests.accelerator import accelerator_with
 from tests.distributed.engine_runs import (
     TOLERANCE,
@@ -175,8 +176,9 @@ def losses(found: dict[str, Any], name: str) -> list[float]:
 
 def by_hand(config: Config) -> dict[str, Any]:
     """The same training in plain PyTorch, without DeepSpeed."""
-    longmem = LongMem(config, *build(config, AutoModelForCausalLM.from_pretrained(config.backbone.path)))
-    sidenet, bank = longmem.sidenet, longmem.bank(config.data.lanes)
+    backbone, sidenet = build(config.model, AutoModelForCausalLM.from_pretrained(config.backbone.path))
+    longmem = LongMem(config.model, backbone, sidenet)
+    stream = Stream(longmem, longmem.bank(config.data.lanes))
     names = dict(sidenet.named_parameters())
     gates = [parameter for name, parameter in names.items() if name.startswith("memory.")]
     plain = [p for name, p in names.items() if not name.startswith("memory.") and p.dim() == 1]
@@ -198,11 +200,8 @@ def by_hand(config: Config) -> dict[str, Any]:
         total, counted = 0.0, 0
         for _ in range(2):
             segment = lanes.next_segment()
-            documents = torch.from_numpy(segment.documents)
-            encoding = longmem.encode(torch.from_numpy(segment.tokens), documents)
-            longmem.append(bank, encoding, start=segment.start, documents=documents)
-            reader = longmem.reader(bank, start=segment.start, documents=documents)
-            of_tokens = longmem.losses(longmem.hidden(encoding, reader), torch.from_numpy(segment.targets))
+            seen = stream.feed(torch.from_numpy(segment.tokens), torch.from_numpy(segment.documents))
+            of_tokens = stream.losses(seen, torch.from_numpy(segment.targets))
             (of_tokens.sum() / (2 * 4 * 16)).backward()
             total += float(of_tokens.detach().sum())
             counted += int((segment.targets >= 0).sum())

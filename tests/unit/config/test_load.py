@@ -135,5 +135,5 @@ def test_derived_numbers(make: Make) -> None:
 
 
 def test_memory_takes_the_precision_of_training_unless_told(make: Make) -> None:
-    assert make("--train.precision=bf16").memory_dtype == "bf16"
-    assert make("--train.precision=bf16", "--memory.dtype=fp32").memory_dtype == "fp32"
+    assert make("--train.precision=bf16").model.memory_dtype == "bf16"
+    assert make("--train.precision=bf16", "--memory.dtype=fp32").model.memory_dtype == "fp32"

@@ -55,7 +55,7 @@ def config_for(*, documents=8, scope="lane", enabled=True, memory_tokens=32, **e
 
 @pytest.fixture(scope="module")
 def parts():
-    return build(config_for(), tiny_model("llama"))
+    return build(config_for().model, tiny_model("llama"))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def make(parts):
 
     def made(**settings):
         config = config_for(**settings)
-        return config, LongMem(config, *parts)
+        return config, LongMem(config.model, *parts)
 
     return made
 
@@ -76,7 +76,7 @@ def by_document(scored):
 @pytest.fixture(scope="module")
 def scored(parts, store):
     config = config_for()
-    return by_document(score(LongMem(config, *parts), store, config, rank=0, world_size=1))
+    return by_document(score(LongMem(config.model, *parts), store, config, rank=0, world_size=1))
 
 
 def encodings(model, store, document) -> list[tuple[int, torch.Tensor, Encoding]]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import build, layout_of
-from tests.tiny_config import tiny_config
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import tiny_model
 
@@ -45,16 +45,16 @@ def test_a_bank_that_no_machine_holds_is_refused_before_it_is_allocated() -> Non
 
 def test_layers_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="sidenet.num_layers is 5; the backbone allows 1 to 4"):
-        layout_of(tiny_config(sidenet={"num_layers": 5}), 4)
+        layout_of(SideNetConfig(num_layers=5), 4)
     with pytest.raises(ConfigError, match=r"sidenet.memory_layers is \[3\]; expected different SideNet layers from 1"):
-        build(tiny_config(sidenet={"memory_layers": [3]}), tiny_model("llama"))
+        build(ModelSettings(sidenet=SideNetConfig(memory_layers=(3,))), tiny_model("llama"))
 
 
 def test_an_unknown_family_is_refused() -> None:
     model = tiny_model("llama")
     model.config.model_type = "mamba"
     with pytest.raises(BackboneError, match="got: model_type 'mamba'"):
-        build(tiny_config(), model)
+        build(ModelSettings(), model)
 
 
 def test_ages_are_told_for_each_memory_layer() -> None:
@@ -102,7 +102,7 @@ def test_a_run_through_engines_is_the_same() -> None:
         hidden: Tensor = plain.sidenet(*args)
         return hidden
 
-    wrapped = LongMem(side.config, plain.backbone, plain.sidenet, encode=encode, run_sidenet=run_sidenet)
+    wrapped = LongMem(side.config.model, plain.backbone, plain.sidenet, encode=encode, run_sidenet=run_sidenet)
     documents = torch.zeros_like(tokens)
     found = wrapped.hidden(wrapped.encode(tokens, documents), None)
     assert torch.equal(found, plain.hidden(plain.encode(tokens, documents), None))

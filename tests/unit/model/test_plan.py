@@ -136,10 +136,10 @@ def test_memory_bank_is_what_longmem_makes(group_size, dtype):
     tiny = TinyLongMem(tiny_model("llama"), memory=memory)
     made = tiny.longmem.bank(3, group_size=group_size)
     shape = shape_of(tiny_model("llama").config)
-    planned = bank_shape(tiny.config, shape, num_layers=1, num_lanes=3)
+    planned = bank_shape(tiny.config.model, shape, num_layers=1, num_lanes=3)
     assert planned == made.shape
     held = sum(t.nbytes for store in made.layers for t in (store.keys, store.values, store.chunk_keys))
-    assert planned.bytes(DTYPES[tiny.config.memory_dtype]) == held
+    assert planned.bytes(DTYPES[tiny.config.model.memory_dtype]) == held
 
 
 def test_one_read_by_hand(tmp_path):

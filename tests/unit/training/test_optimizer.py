@@ -18,7 +18,7 @@ def test_every_parameter_is_in_one_group(family):
         sidenet={"layout": "top", "num_layers": 2, "memory_layers": [1, 2]},
         train={"weight_decay": 0.3, "gate_learning_rate_factor": 50.0, "adam_beta1": 0.8, "adam_epsilon": 1e-6},
     )
-    _, sidenet = build(config, tiny_model(family))
+    _, sidenet = build(config.model, tiny_model(family))
     optimizer = build_optimizer(sidenet, config.train)
     names = {id(parameter): name for name, parameter in sidenet.named_parameters()}
     groups = {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}

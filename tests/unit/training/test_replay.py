@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.data.lanes import Lanes
+from pipeline.model.stream import Stream
 from pipeline.training.replay import replay
 from tests.shards import assert_same, visible
 from tests.tiny_longmem import TinyLongMem
@@ -38,11 +39,10 @@ class Text:
 def read(tiny: TinyLongMem, lanes: Lanes, place: Place, *, num_segments: int):
     """A bank filled step after step, as training does."""
     bank = tiny.longmem.bank(2, group_size=place.size)
+    stream = Stream(tiny.longmem, bank, exchange=place)  # type: ignore[arg-type]
     for _ in range(num_segments // place.size):
         segment = lanes.next_of_group(place.rank, place.size)
-        tokens, documents = torch.from_numpy(segment.tokens), torch.from_numpy(segment.documents)
-        encoding = tiny.longmem.encode(tokens, documents)
-        tiny.longmem.append(bank, encoding, start=segment.start, documents=documents)
+        stream.feed(torch.from_numpy(segment.tokens), torch.from_numpy(segment.documents))  # it knows the place
     return bank
 
 
@@ -59,7 +59,7 @@ def test_what_can_be_seen_is_the_same(num_segments, place, scope):
     bank = read(tiny, lanes, place, num_segments=num_segments)
     state, again = lanes.state_dict(), tiny.longmem.bank(2, group_size=place.size)
     again.next_slot = 3
-    replay(tiny.longmem, lanes, again, place)
+    replay(Stream(tiny.longmem, again, exchange=place), lanes)
     assert lanes.state_dict() == state
     sight = {"end": num_segments * SEGMENT, "num_tokens": num_tokens}
     assert len(visible(bank, **sight)["slots"]) > 0

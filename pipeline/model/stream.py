@@ -1,0 +1,193 @@
+"""Rows that read on: the one place that joins encoding, remembering, reading memory and scoring.
+
+Training, replay, evaluation, benches and tests all read this way, so that the same text cut into the same segments
+gives the same numbers everywhere. Reading never writes: only `remember` changes what is remembered. A segment is
+remembered before it is read for, because in a memory group it is part of what the next rank's segment reads.
+
+Shapes: `B` rows, `T` segment tokens, `E` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.backbone.encoding import Encoding
+from pipeline.memory.bank import MemoryBank
+from pipeline.memory.exchange import Alone, Exchange
+from pipeline.memory.reader import AgeObserver, MemoryRead
+from pipeline.model.longmem import LongMem
+from pipeline.sidenet.fusion import MemoryReader
+
+Memory = Literal["own", "none"] | Tensor
+"""Whose memory rows read: each its own, none, or that of `lane_of_row`, int64 `[B]`, a permutation of the lanes."""
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A segment of every row, as the backbone has encoded it.
+
+    Attributes:
+        encoding: What the backbone says of it.
+        documents: Document of each token, int64 `[B, T]`.
+        start: Lane position of its first token; what is read for it lies before.
+    """
+
+    encoding: Encoding
+    documents: Tensor
+    start: int
+
+
+class Stream:
+    """Rows that read on, with their memory and the place where they are.
+
+    Args:
+        model: Backbone and SideNet.
+        bank: This rank's shard of the rows' memory; None: nothing is remembered.
+        exchange: The memory group, whose ranks take segments in turn; None: this rank alone.
+        scope: Which past a query sees; None: `memory.scope`.
+        phase: Context manager around `backbone`, `append`, `retrieve_and_read`, `sidenet` and `loss` (a timer).
+
+    Attributes:
+        place: Lane position of the group's next segments.
+    """
+
+    def __init__(
+        self,
+        model: LongMem,
+        bank: MemoryBank | None,
+        *,
+        exchange: Exchange | None = None,
+        scope: Literal["document", "lane", "group"] | None = None,
+        phase: Phase = lambda _: nullcontext(),
+    ) -> None:
+        self.model, self.bank, self.exchange, self.phase = model, bank, exchange or Alone(), phase
+        self.place = 0
+        self._settings = model.read_settings if scope is None else replace(model.read_settings, scope=scope)
+
+    def feed(self, tokens: Tensor, documents: Tensor, *, start: int | None = None) -> Seen:
+        """Encodes the next segment of every row and remembers it.
+
+        Collective: with a partitioned backbone every rank must call it together.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            documents: Document of each token, int64 `[B, T]`.
+            start: Lane position of the first token, where somebody else keeps the place; None: this stream does.
+
+        Returns:
+            The segment.
+        """
+        seen = self.look(tokens, documents, start=start)
+        self.remember(seen)
+        return seen
+
+    def look(self, tokens: Tensor, documents: Tensor, *, start: int | None = None) -> Seen:
+        """Encodes the next segment of every row, and leaves everything else as it is.
+
+        Collective: as `feed`.
+
+        Args:
+            tokens: As in `feed`.
+            documents: As in `feed`.
+            start: As in `feed`.
+
+        Returns:
+            The segment.
+        """
+        with self.phase("backbone"):
+            encoding = self.model.encode(tokens, documents)
+        own = self.place + self.exchange.rank * tokens.shape[1]
+        return Seen(encoding, documents, own if start is None else start)
+
+    def remember(self, seen: Seen) -> None:
+        """Appends a segment to memory, and moves on behind those of the whole group.
+
+        Args:
+            seen: The segment, the next one of each row.
+        """
+        num_tokens = seen.documents.shape[1]
+        if self.bank is not None:
+            with self.phase("append"):
+                self.model.append(self.bank, seen.encoding, start=seen.start, documents=seen.documents)
+        self.place = seen.start + (self.exchange.size - self.exchange.rank) * num_tokens
+
+    def hidden(self, seen: Seen, *, memory: Memory = "own", observe_ages: AgeObserver | None = None) -> Tensor:
+        """Runs the SideNet, whose memory layers read what lies before the segment.
+
+        Collective: every rank of the memory group must call it together, and its backward pass too.
+
+        Args:
+            seen: The newest segment, remembered or not.
+            memory: Whose memory each row reads.
+            observe_ages: As in `BankReader`.
+
+        Returns:
+            Input of the LM head `[B, T, E]`.
+        """
+        reader = self._reader(seen, memory, observe_ages)
+        with self.phase("sidenet"):
+            return self.model.hidden(seen.encoding, reader)
+
+    def losses(
+        self, seen: Seen, targets: Tensor, *, memory: Memory = "own", observe_ages: AgeObserver | None = None
+    ) -> Tensor:
+        """Cross-entropy of every token, given what lies before the segment.
+
+        Collective: as `hidden`, and with a partitioned backbone every rank.
+
+        Args:
+            seen: As in `hidden`.
+            targets: int64 `[B, T]`; -100 where nothing is predicted.
+            memory: As in `hidden`.
+            observe_ages: As in `hidden`.
+
+        Returns:
+            Nats, float32 `[B, T]`.
+        """
+        hidden = self.hidden(seen, memory=memory, observe_ages=observe_ages)
+        with self.phase("loss"):
+            return self.model.losses(hidden, targets)
+
+    def backbone_losses(self, seen: Seen, targets: Tensor) -> Tensor:
+        """As `losses`, by the backbone alone, which sees the segment and nothing else; without gradients."""
+        return self.model.backbone_losses(seen.encoding, targets)
+
+    def _reader(self, seen: Seen, memory: Memory, observe_ages: AgeObserver | None) -> MemoryReader | None:
+        if self.bank is None or memory == "none":
+            return None
+        reader = self.model.reader(
+            self.bank,
+            start=seen.start,
+            documents=seen.documents,
+            settings=self._settings,
+            exchange=self.exchange,
+            observe_ages=observe_ages,
+            timed=lambda: self.phase("retrieve_and_read"),
+        )
+        return _OtherLanes(reader, memory) if isinstance(memory, Tensor) else reader
+
+
+class _OtherLanes:
+    """Lets each row read another row's memory: queries go to its lane and what they read comes back; nothing is copied.
+
+    Args:
+        reader: Reads each row's own memory.
+        lane_of_row: A permutation of the lanes, int64 `[B]`.
+    """
+
+    def __init__(self, reader: MemoryReader, lane_of_row: Tensor) -> None:
+        assert torch.equal(lane_of_row.sort().values.cpu(), torch.arange(len(lane_of_row))), "not a permutation"
+        self.reader, self.lane_of_row, self.row_of_lane = reader, lane_of_row, lane_of_row.argsort()
+
+    def read(self, layer: int, query: Tensor) -> MemoryRead:
+        """Reads one memory layer; `query` `[B, H, T, D]`."""
+        read = self.reader.read(layer, query[self.row_of_lane.to(query.device)])
+        lanes = self.lane_of_row.to(query.device)
+        return MemoryRead(read.values[lanes], read.log_sum_exp[lanes])
