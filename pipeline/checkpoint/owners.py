@@ -119,7 +119,7 @@ class MemoryOwner:
             return
         try:
             self.bank.load_state_dict(self._stored(folder, saved))
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(str(error), do="resume with the memory.* settings that it was saved with") from error
 
     def _stored(self, folder: Path, saved: SavedWorld) -> dict[str, Tensor]:
@@ -170,7 +170,10 @@ class LanesOwner:
         Raises:
             DamageError: A file is missing, or holds something else.
         """
-        self._stored(folder, saved)
+        stored, own = self._stored(folder, saved), self.lanes.state_dict()
+        missing = sorted(own["lanes"].keys() - stored["lanes"].keys())
+        if missing and stored["fingerprint"] == own["fingerprint"]:
+            raise DamageError(f"lane {missing[0]} is missing", got=f"{len(stored['lanes'])} lanes")
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
         """Puts the lanes back, whichever groups had them.

@@ -122,20 +122,22 @@ def dump_config(config: Config) -> str:
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     def refuse(problem: str) -> ConfigError:
-        return ConfigError([problem], source=str(path))
+        return ConfigError([problem], source=short(str(path)))
+
+    advice = "; expected: a file of YAML; do: check --config, configs/ holds examples"
 
     try:
         value = read_yaml(read_small(path, limit=_FILE_BYTES, may_be_pipe=True))
     except FileNotFoundError:
         raise refuse("the file does not exist; do: check --config, configs/ holds examples") from None
     except OSError as error:
-        raise refuse(f"the file cannot be read: {error.strerror}") from None
+        raise refuse(f"the file cannot be read: {error.strerror}{advice}") from None
     except UnicodeDecodeError as error:
-        raise refuse(f"the file is not UTF-8 text: byte {error.start} is not valid") from None
+        raise refuse(f"the file is not UTF-8 text: byte {error.start} is not valid{advice}") from None
     except yaml.YAMLError as error:
         raise refuse(f"the file is not valid YAML: {short(' '.join(str(error).split()))}") from None
     except ValueError as error:
-        raise refuse(f"the file cannot be read: {error}") from None
+        raise refuse(f"the file cannot be read: {error}{advice}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):

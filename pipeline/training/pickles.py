@@ -18,7 +18,6 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO, UNIVERSAL_
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch import Tensor
 
 from pipeline.checkpoint.manifest import DamageError
 
@@ -118,14 +117,10 @@ def _check_optimizer(state: Any, weights: Shapes, num_groups: int) -> None:
         _check_known(group, weights)
         if not all(type(place) is fragment_address for place in group.values()):
             raise TypeError("a parameter without a place in the partition")
-    partitions = state["single_partition_of_fp32_groups"]
-    moments = state["base_optimizer_state"]["state"]
-    if len(partitions) != num_groups or len(state["param_slice_mappings"]) != num_groups:
-        raise ValueError(f"{len(partitions)} groups of parameters; expected: {num_groups}")
-    for number, partition in enumerate(partitions):
-        for key in ("exp_avg", "exp_avg_sq") if number in moments else ():
-            if not isinstance(partition, Tensor) or moments[number][key].shape != partition.shape:
-                raise ValueError(f"{key} of group {number} has another shape than its weights")
+    # No more than that: of a rank that holds only padding DeepSpeed stores moments of another length than weights.
+    for key in ("single_partition_of_fp32_groups", "param_slice_mappings"):
+        if len(state[key]) != num_groups:
+            raise ValueError(f"{key} has {len(state[key])} groups of parameters; expected: {num_groups}")
 
 
 def _check_known(names: Any, weights: Shapes) -> None:

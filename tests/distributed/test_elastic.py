@@ -137,6 +137,9 @@ def test_the_losses_are_those_of_the_unbroken_run(runs: Runs, name: str) -> None
         assert [record[key] for record in moved] == [record[key] for record in unbroken], key
     got, expected = ([record["loss"] for record in records] for records in (moved, unbroken))
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+    # Every leg went on from the end of the one before: a checkpoint that is passed over is put aside, and then removed.
+    kept = [path.name for path in sorted((runs.folder / name / "checkpoints").glob("step_*"))]
+    assert kept == [f"step_{step:08d}" for step in STOPS]
 
 
 def test_memory_that_is_read_again_goes_on_bit_for_bit(runs: Runs) -> None:

@@ -186,6 +186,15 @@ def test_junk_is_damage(tmp_path, owner, text):
         owner.check(tmp_path, ALONE)
 
 
+def test_a_lane_that_no_file_has_is_damage_unless_the_run_is_another(tmp_path):
+    owner = LanesOwner(lanes(7, 9, 5))
+    owner.save(tmp_path)()
+    put(tmp_path / "rank_00000.json", lambda state: state["lanes"].pop("1"))
+    with pytest.raises(DamageError, match="lane 1 is missing; got: 1 lanes"):
+        owner.check(tmp_path, ALONE)
+    LanesOwner(lanes(7, 9, 6)).check(tmp_path, ALONE)  # whose load says which data it wants
+
+
 def test_a_place_outside_the_documents_is_said(tmp_path):
     owner = LanesOwner(lanes(7, 9, 5))
     owner.save(tmp_path)()
