@@ -25,9 +25,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ECHO_S = 2.0
 """What follows sooner after a signal is its echo: a terminal and a launcher both send one."""
 _POLL_S = 1.0
+_KILLING_S = 10.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
-_parent: int | None = None  # the process whose forked children end with it, while it has workers
+_are_stillborn = False
+_parent: tuple[int, int] | None = None  # process and thread whose forked children end with it, while it has workers
 
 
 class StopSignals:
@@ -116,38 +118,34 @@ class StopSignals:
             if self._too_late:
                 return
             self._stopping = True
-        _end_children()
-        for undo in reversed(self._undo):
-            with contextlib.suppress(Exception):  # the main thread undoes the same meanwhile
-                undo()
-        with contextlib.suppress(OSError, ValueError):
+        try:
+            _end_children()
+            for undo in reversed(self._undo):
+                with contextlib.suppress(Exception):  # the main thread undoes the same meanwhile
+                    undo()
             print(f"\nstopped by {signal.Signals(number).name}: no store was written", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        finally:
+            os._exit(128 + number)  # the main thread waits for this
 
     def _wait_for_the_end(self) -> None:
         threading.Event().wait()
 
 
 def _end_children() -> None:
-    """Kills all processes below this one; a pool may still be starting some."""
-    this = psutil.Process()
-    while living := [child for child in this.children(recursive=True) if _lives(child)]:
-        for child in living:
+    """Kills all processes below this one. A pool goes on making new ones, which end by themselves from here on."""
+    global _are_stillborn
+    _are_stillborn = True
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.Error):
                 child.kill()
-        psutil.wait_procs(living, timeout=0.5)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+        psutil.wait_procs(children, timeout=_KILLING_S)
 
 
 @contextlib.contextmanager
 def workers_end_with_this_process() -> Iterator[None]:
-    """Processes that are forked in the block are killed when this one ends, however it ends, SIGKILL included.
+    """Processes that this thread forks in the block are killed when this one ends, however it ends, SIGKILL included.
 
     They leave the signals of a terminal to this process, which ends them.
 
@@ -155,7 +153,7 @@ def workers_end_with_this_process() -> Iterator[None]:
         Nothing.
     """
     global _parent
-    before, _parent = _parent, os.getpid()
+    before, _parent = _parent, (os.getpid(), threading.get_ident())
     try:
         yield
     finally:
@@ -166,14 +164,19 @@ def _end_with_parent() -> None:
     """Runs in every forked child, before anything else does."""
     global _parent
     parent, _parent = _parent, None
+    if _are_stillborn:
+        os._exit(1)
     if parent is None:
         return
     signal.set_wakeup_fd(-1)  # or a signal to a worker would be taken for one to the process that started it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is how a pool ends its workers
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    process, thread = parent
+    if threading.get_ident() != thread:
+        return  # a pool's thread replaces a worker that died; the kernel would kill it with that thread, locks held
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
+    if os.getppid() != process:  # it ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -184,7 +184,7 @@ def _exchange(place: Place, work: Path, store: Path) -> None:
         raise _taken(place.output) from error
     try:
         # Looked at here, where nobody else looks for it: nothing can be put in after this.
-        if not aside.is_dir() or inventory(aside) != place.replaced:
+        if aside.is_symlink() or not aside.is_dir() or inventory(aside) != place.replaced:
             raise _taken(place.output)
         _put(store, place.output)
     except BaseException:
@@ -229,7 +229,10 @@ def _parents(folder: Path, stop: StopSignals) -> Iterator[None]:
                 path.rmdir()
 
     with stop.undoing(unmake):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
         yield
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import multiprocess
 
 from pipeline.errors import DataError
 
@@ -83,7 +84,7 @@ def system_errors_in_words(folder: Path, *, needed: int) -> Iterator[None]:
         full = [cause for cause in causes if cause.errno in _FULL]
         if full:
             raise _full(full[0], folder, needed) from error
-        if isinstance(error, RuntimeError) and "abruptly died" in str(error):  # datasets.utils.py_utils
+        if _lost_a_process(error):
             raise _refused(None) from error
         if causes and isinstance(error, (OSError, MemoryError, datasets.exceptions.DatasetGenerationError)):
             raise _refused(causes[0]) from error
@@ -118,6 +119,13 @@ def _refused(cause: OSError | None) -> DataError:
     if cause.errno in (errno.EAGAIN, errno.ENOMEM):
         return DataError("the system gave no more processes or memory", got=cause, do="give fewer --workers")
     return DataError("the system refused what making the store needs", got=cause, do="mend what it names, start again")
+
+
+def _lost_a_process(error: Exception) -> bool:
+    """Whether a worker is gone (`datasets.utils.py_utils` says so), or the process that hands on their results."""
+    if isinstance(error, RuntimeError):
+        return "abruptly died" in str(error)
+    return isinstance(error, (EOFError, ConnectionError, multiprocess.TimeoutError))
 
 
 def _system_error(error: BaseException) -> OSError | None:

@@ -17,6 +17,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16", "utf-16"),
 )
 _SHOWN_BYTES = 4
+_MANY_NUL = 0.1  # of all characters: Western text in UTF-16 has about half
 
 
 def readable(path: Path | str) -> str:
@@ -84,10 +85,13 @@ def take_nul(text: str, *, where: str, drop: bool) -> tuple[str, int]:
         return text, 0
     if drop:
         return text.replace(NUL, ""), count
+    advice = "see whether the file is damaged"
+    if count >= _MANY_NUL * len(text):
+        advice = _utf16_advice(text.encode("utf-8"))
     raise DataError(
         "an input has NUL characters",
         got=f"{where}: {count} of {len(text)} characters, the first at {text.index(NUL)}",
-        do=f"{_utf16_advice(text.encode('utf-8', 'surrogatepass'))}; else give --drop-nul to drop and count them",
+        do=f"{advice}; else give --drop-nul to drop and count them",
     )
 
 
