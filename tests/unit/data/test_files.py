@@ -108,6 +108,7 @@ def test_what_cannot_be_read_below_a_folder_is_an_error_or_on_a_list(tmp_path, f
 def test_what_a_user_really_may_not_read(tmp_path):
     for file in ("a.txt", "b.txt", "deep/c.txt", "half/d.txt"):
         write(tmp_path / "texts" / file)
+    tmp_path.chmod(0o755)
     (tmp_path / "texts" / "b.txt").chmod(0)
     (tmp_path / "texts" / "deep").chmod(0)
     (tmp_path / "texts" / "half").chmod(0o444)  # its names may be read, what they name may not

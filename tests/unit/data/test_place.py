@@ -72,7 +72,12 @@ def test_a_folder_that_is_filled_gets_store_json_last(tmp_path, monkeypatch):
     (tmp_path / "store").mkdir()
     moved = []
     rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda old, new: (moved.append(os.path.basename(new)), rename(old, new)))
+
+    def noted(old, new):
+        moved.append(new.name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", noted)
     with preparing(tmp_path / "store"):
         pass
     assert moved == ["train", "store.json"]
