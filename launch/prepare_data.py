@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.data.ending import StopSignals
+from pipeline.data.ending import StopSignals, ignore_signals
 from pipeline.errors import LongMemError
 
 MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
@@ -127,4 +127,6 @@ def _path(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    ignore_signals()
+    sys.exit(status)

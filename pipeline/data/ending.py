@@ -63,6 +63,14 @@ class StopSignals:
             undo()
             self._undo.remove(undo)
 
+    def on_signal(self, undo: Callable[[], None]) -> None:
+        """Has something undone when a signal ends the process, and only then.
+
+        Args:
+            undo: Undoes it.
+        """
+        self._undo.append(undo)
+
     def too_late(self) -> None:
         """From here on signals are not heeded: what follows takes a moment, and must not be cut in two."""
         with self._deciding:
@@ -129,6 +137,12 @@ class StopSignals:
 
     def _wait_for_the_end(self) -> None:
         threading.Event().wait()
+
+
+def ignore_signals() -> None:
+    """For a process that has done all: an interpreter takes a moment to end, in which a signal would make it fail."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_children() -> None:

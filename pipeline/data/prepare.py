@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from multiprocess.util import get_temp_dir
 
 from pipeline.data.ending import StopSignals, workers_end_with_this_process
 from pipeline.data.files import find_files
@@ -120,6 +122,9 @@ def prepare(
         needed = check_room([path for paths in files.values() for path in paths], work)
         loaded = load_tokenizer(tokenizer)
         with system_errors_in_words(work, needed=needed), workers_end_with_this_process():
+            if num_workers > 1:  # the sockets of its workers, which only an orderly end of the interpreter removes
+                sockets = get_temp_dir()
+                stop.on_signal(lambda: shutil.rmtree(sockets, ignore_errors=True))
             texts = {
                 split: _read(split, paths, work, drop_nul=drop_nul, num_workers=num_workers)
                 for split, paths in files.items()

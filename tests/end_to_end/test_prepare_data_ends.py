@@ -41,7 +41,9 @@ def names(folder):
     [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
     ids=["Ctrl-C", "kill", "kill all", "hang-up"],
 )
-def test_a_signal_ends_workers_and_leaves_nothing(words, out, number, to_all):
+def test_a_signal_ends_workers_and_leaves_nothing(words, out, number, to_all, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     with held("reading", words, waiting=2) as run:
         workers = run.workers
         assert len(workers) >= 2 and names(out) != []
@@ -50,7 +52,7 @@ def test_a_signal_ends_workers_and_leaves_nothing(words, out, number, to_all):
         assert all_end(workers)
     assert status == 128 + number and output == ""
     assert f"stopped by {number.name}: no store was written" in errors and "Traceback" not in errors
-    assert names(out) == []
+    assert names(out) == [] and names(tmp_path / "temporary") == []
 
 
 def test_a_signal_takes_away_the_folders_that_were_made(words, out):
@@ -80,6 +82,15 @@ def test_a_signal_before_anything_is_loaded_is_heeded():
     code += "builtins.__import__ = late; p.main(['x', '--tokenizer', 'y', '--output', 'z'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 130 and "stopped by SIGINT" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_signal_at_the_very_end_does_not_make_a_failure_of_it(words, out, tmp_path):
+    code = "import atexit, os, runpy, signal, sys; sys.path.insert(0, '')\n"
+    code += "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+    code += "runpy.run_path('launch/prepare_data.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0 and "written to" in done.stdout, done.stderr
 
 
 def test_signals_that_were_ignored_stay_ignored():
