@@ -11,8 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.data.prepare import prepare, summary
+from pipeline.data.ending import StopSignals, ignore_signals
 from pipeline.errors import LongMemError
+
+MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line words; those of the process if None.
 
     Returns:
-        Exit status: 0, or 1 after an error that was printed.
+        Exit status: 0, or 1 after an error that was printed. A signal ends the process with 128 + its number.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -30,60 +32,101 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # --workers processes read and tokenize; threads below each of them would be too many.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        prepared = prepare(
-            options.inputs,
-            tokenizer=options.tokenizer,
-            output=options.output,
-            validation_inputs=options.validation,
-            validation_documents=options.validation_documents,
-            min_tokens=options.min_tokens,
-            append_eos=not options.no_eos,
-            num_workers=options.workers,
-            seed=options.seed,
-            overwrite=options.overwrite,
-        )
-    except (LongMemError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary(prepared))
+    with StopSignals() as stop:
+        # Takes seconds, in which Ctrl-C is to be heeded already.
+        from pipeline.data.prepare import prepare, summary
+
+        try:
+            prepared = prepare(
+                options.inputs,
+                tokenizer=options.tokenizer,
+                output=options.output,
+                validation_inputs=options.validation,
+                validation_documents=options.validation_documents,
+                min_tokens=options.min_tokens,
+                append_eos=not options.no_eos,
+                num_workers=options.workers,
+                seed=options.seed,
+                overwrite=options.overwrite,
+                skip_unreadable=options.skip_unreadable,
+                drop_nul=options.drop_nul,
+                stop=stop,
+            )
+        except (LongMemError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    _say(summary(prepared))
     return 0
+
+
+def _say(words: str) -> None:
+    try:
+        print(words, flush=True)
+    except OSError:  # nobody reads it any more, or a log on a full disk; the store is written all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py",
         description="Tokenize documents once, into the store that data.path names. Inputs: folders (searched to any "
-        "depth), .txt files (one document each, UTF-8), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (field 'text').",
+        "depth, through symbolic links too; hidden files and folders are passed over), .txt files (one document each, "
+        "UTF-8), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (field 'text').",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", type=Path, help="file or folder to train on")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", type=_path, help="file or folder to train on")
     parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_NAME", help="the backbone's folder or hub name")
-    parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder to make")
+    parser.add_argument("--output", required=True, metavar="DIR", type=_path, help="folder to make")
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument(
         "--validation-documents", type=_count, default=0, metavar="N", help="hold out N documents, chosen by --seed"
     )
     held_out.add_argument(
-        "--validation", nargs="+", default=(), metavar="INPUT", type=Path, help="hold out these files and folders"
+        "--validation", nargs="+", default=(), metavar="INPUT", type=_path, help="hold out these files and folders"
     )
     parser.add_argument(
         "--min-tokens", type=_count, default=1, metavar="N", help="drop documents with fewer tokens (default: 1)"
     )
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-text token")
     parser.add_argument(
-        "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
+        "--workers",
+        type=_workers,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: %(default)s)",
     )
     parser.add_argument("--seed", type=_count, default=1234, metavar="S", help="default: 1234")
-    parser.add_argument("--overwrite", action="store_true", help="replace a store that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace a store that exists, and nothing else")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out files and folders that cannot be read, and list them"
+    )
+    parser.add_argument("--drop-nul", action="store_true", help="drop NUL characters, and count them")
     return parser
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from error
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
 
 
+def _workers(text: str) -> int:
+    number = _count(text)
+    if not 1 <= number <= MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{number} processes; this machine can have 1 to {MAX_WORKERS}")
+    return number
+
+
+def _path(text: str) -> Path:
+    if not text:  # of a variable that a script did not set; Path would take it for the current folder
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    ignore_signals()
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""Raw text: finding the input files and reading documents from them; every error names file and place."""
+"""Reading documents from files of text; every error names file and place."""
 
 from __future__ import annotations
 
@@ -6,107 +6,82 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from pipeline.data.text import decode, readable, take_nul
 from pipeline.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TEXT_FIELD = "text"
 _PARQUET_BATCH_ROWS = 64
 _ZSTD_READ_BYTES = 1 << 20
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """List the input files: those given, and those below the folders given; each file once, in a fixed order.
+@dataclass(frozen=True)
+class Document:
+    """A document as it was read.
 
-    Args:
-        inputs: Files and folders. Folders are searched to any depth; hidden files and folders in them are skipped.
-
-    Returns:
-        The files; in the order of the inputs, those of a folder sorted.
-
-    Raises:
-        DataError: An input is missing, is of an unknown kind, or is a folder without readable files.
+    Attributes:
+        text: Its text; may be empty.
+        source: The file, with line or row where there are several in a file.
+        num_nul: NUL characters that were dropped from it.
     """
-    found: dict[Path, Path] = {}
-    for given in inputs:
-        for path in _expand(Path(given).expanduser()):
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+
+    text: str
+    source: str
+    num_nul: int = 0
 
 
-def read_documents(files: Sequence[str]) -> Iterator[dict[str, str]]:
+def read_documents(files: Sequence[str], *, drop_nul: bool = False) -> Iterator[Document]:
     """Read documents from files, one after another.
 
     Args:
         files: Paths that ``find_files`` returned.
+        drop_nul: Whether to drop NUL characters rather than to refuse them.
 
     Yields:
-        ``{"text": ..., "source": ...}`` for each document, empty ones too.
+        The documents, empty ones too.
 
     Raises:
-        DataError: A file cannot be read, is not UTF-8, or holds a malformed document.
+        DataError: A file cannot be read, is not UTF-8, has NUL characters, or holds a malformed document.
     """
     for file in files:
         path = Path(file)
-        if path.suffix == ".txt":
-            documents = _read_text(path)
-        elif path.suffix == ".parquet":
-            documents = _read_parquet(path)
-        else:
-            documents = _read_jsonl(path)
-        for text, source in documents:
-            yield {"text": text, "source": source}
+        suffix = path.suffix.lower()
+        read = {".txt": _read_text, ".parquet": _read_parquet}.get(suffix, _read_jsonl)
+        try:
+            yield from read(path, drop_nul=drop_nul)
+        except OSError as error:
+            raise DataError(
+                "an input cannot be read", got=f"{readable(path)} ({error.strerror or error})", do="check the file"
+            ) from error
 
 
-def _expand(path: Path) -> list[Path]:
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError("an input file is of an unknown kind", got=path, expected=", ".join(SUFFIXES))
-        return [path]
-    if not path.is_dir():
-        raise DataError("an input does not exist", got=path, do="check the path")
-    files = [below for below in sorted(path.rglob("*")) if _is_readable(below, path)]
-    if not files:
-        raise DataError("an input folder has no readable files", got=path, expected=f"files in {', '.join(SUFFIXES)}")
-    return files
+def _read_text(path: Path, *, drop_nul: bool) -> Iterator[Document]:
+    name = readable(path)
+    text, num_nul = take_nul(decode(path.read_bytes(), where=name), where=name, drop=drop_nul)
+    yield Document(text.removeprefix("\ufeff").replace("\r\n", "\n"), name, num_nul)
 
 
-def _is_readable(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and file.name.endswith(SUFFIXES) and file.is_file()
-
-
-def _read_text(path: Path) -> Iterator[tuple[str, str]]:
-    text = _decode(path.read_bytes(), where=str(path))
-    yield text.removeprefix("\ufeff").replace("\r\n", "\n"), str(path)
-
-
-def _decode(raw: bytes, *, where: str, offset: int = 0) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "an input is not UTF-8",
-            got=f"{where}, byte offset {offset + error.start}: {raw[error.start : error.start + 4]!r}",
-            do="convert it, for example with: iconv -f latin1 -t utf-8",
-        ) from error
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: Path, *, drop_nul: bool) -> Iterator[Document]:
+    name = readable(path)
     offset = 0
     for number, raw in enumerate(_lines(path), start=1):
-        where = f"{path}, line {number}"
-        line = _decode(raw, where=where, offset=offset)
+        where = f"{name}, line {number}"
+        # A file that was cut off by a crash may have a hole of NUL bytes, which no JSON escapes.
+        line, num_bare = take_nul(decode(raw, where=where, offset=offset), where=where, drop=drop_nul)
         offset += len(raw)
         if number == 1:
             line = line.removeprefix("\ufeff")
         if line.strip():
-            yield _text_of(line, where), f"{path}:{number}"
+            text, num_escaped = take_nul(_text_of(line, where), where=where, drop=drop_nul)
+            yield Document(text, f"{name}:{number}", num_bare + num_escaped)
+        elif num_bare:
+            yield Document("", f"{name}:{number}", num_bare)
 
 
 def _text_of(line: str, where: str) -> str:
@@ -133,16 +108,16 @@ def _text_of(line: str, where: str) -> str:
 def _lines(path: Path) -> Iterator[bytes]:
     """Lines of a plain or compressed file, line ends kept."""
     try:
-        if path.suffix == ".zst":
+        if path.suffix.lower() == ".zst":
             yield from _zstd_lines(path)
-        elif path.suffix == ".gz":
+        elif path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as file:
                 yield from file
         else:
             with open(path, "rb") as file:
                 yield from file
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError("a compressed input is damaged or cut off", got=f"{path} ({error})") from error
+        raise DataError("a compressed input is damaged or cut off", got=f"{readable(path)} ({error})") from error
 
 
 def _zstd_lines(path: Path) -> Iterator[bytes]:
@@ -172,28 +147,32 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
         raise EOFError("the file ended before the end of a frame")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
+def _read_parquet(path: Path, *, drop_nul: bool) -> Iterator[Document]:
+    name = readable(path)
     try:
-        with pq.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow)
+        # Opened by Python: pyarrow opens no file whose name is not UTF-8.
+        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:
+            _check_column(name, file.schema_arrow)
             row = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[TEXT_FIELD]):
                 for value in batch.column(0):
-                    yield _parquet_text(value, f"{path}, row {row}"), f"{path}:{row}"
+                    where = f"{name}, row {row}"
+                    text, num_nul = take_nul(_parquet_text(value, where), where=where, drop=drop_nul)
+                    yield Document(text, f"{name}:{row}", num_nul)
                     row += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError("a parquet input cannot be read", got=f"{path} ({error})") from error
+        raise DataError("a parquet input cannot be read", got=f"{name} ({error})") from error
 
 
-def _check_column(path: Path, schema: pa.Schema) -> None:
+def _check_column(name: str, schema: pa.Schema) -> None:
     if TEXT_FIELD not in schema.names:
-        raise DataError(f"a parquet input has no column {TEXT_FIELD!r}", got=f"{path}, columns {schema.names}")
+        raise DataError(f"a parquet input has no column {TEXT_FIELD!r}", got=f"{name}, columns {schema.names}")
     kind = schema.field(TEXT_FIELD).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"the column {TEXT_FIELD!r} of a parquet input does not hold strings", got=f"{path}, {kind}")
+        raise DataError(f"the column {TEXT_FIELD!r} of a parquet input does not hold strings", got=f"{name}, {kind}")
 
 
 def _parquet_text(value: pa.Scalar, where: str) -> str:
     if not value.is_valid:
         raise DataError(f"the column {TEXT_FIELD!r} of a parquet input has a row without text", got=where)
-    return _decode(value.as_buffer().to_pybytes(), where=where)
+    return decode(value.as_buffer().to_pybytes(), where=where)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from multiprocess.util import get_temp_dir
 
-from pipeline.data.inputs import find_files, read_documents
-from pipeline.data.store import STORE_FEATURES, StoreInfo, is_store, list_lengths, write_store
+from pipeline.data.ending import StopSignals, workers_end_with_this_process
+from pipeline.data.files import find_files
+from pipeline.data.inputs import read_documents
+from pipeline.data.place import agree, publish, work_folder
+from pipeline.data.room import check_room, system_errors_in_words
+from pipeline.data.store import STORE_FEATURES, StoreInfo, list_lengths, write_store
+from pipeline.data.text import home, readable
 from pipeline.data.tokenizer import describe_tokenizer, load_tokenizer
 from pipeline.errors import DataError
 
@@ -29,22 +32,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TEXT_FEATURES = datasets.Features(
-    text=datasets.Value("large_string"), source=datasets.Value("string"), error=datasets.Value("string")
+    text=datasets.Value("large_string"),
+    source=datasets.Value("string"),
+    num_nul=datasets.Value("int64"),
+    error=datasets.Value("string"),
 )
 _BATCH_DOCUMENTS = 4  # documents may be whole books: little is held at once, and the progress bar moves
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Documents of one input set that did not go into the store.
+    """What of one input set did not go into the store.
 
     Attributes:
-        empty: Without any text but white space, or without any token.
-        short: With fewer tokens than asked for.
+        empty: Documents without any text but white space, or without any token.
+        short: Documents with fewer tokens than asked for.
+        nul: NUL characters, of all documents together.
     """
 
     empty: int
     short: int
+    nul: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,13 @@ class Prepared:
         output: The folder of the store.
         info: What its store.json says.
         dropped: What was left out, by set of inputs (``train``, and ``validation`` if it has inputs of its own).
+        unreadable: Files and folders that could not be read and were left out, a line each.
     """
 
     output: Path
     info: StoreInfo
     dropped: dict[str, Dropped]
+    unreadable: tuple[str, ...] = ()
 
 
 def prepare(
@@ -74,6 +84,9 @@ def prepare(
     num_workers: int = 1,
     seed: int = 1234,
     overwrite: bool = False,
+    skip_unreadable: bool = False,
+    drop_nul: bool = False,
+    stop: StopSignals | None = None,
 ) -> Prepared:
     """Make a token store from files of text.
 
@@ -88,6 +101,9 @@ def prepare(
         num_workers: Processes that read and tokenize; the result does not depend on it.
         seed: Seed of the choice of held-out documents.
         overwrite: Replace a store that exists already.
+        skip_unreadable: Leave out what cannot be read; else that is an error.
+        drop_nul: Drop NUL characters; else they are an error.
+        stop: The signals that end this process; None: they do what they do without.
 
     Returns:
         What was written.
@@ -95,38 +111,37 @@ def prepare(
     Raises:
         DataError: Anything is wrong with inputs, tokenizer or output. Nothing has been written then.
     """
-    output = Path(output).expanduser().absolute()
-    _check_output(output, overwrite=overwrite)
-    held_out_files = find_files(validation_inputs)
-    files = {"train": _without(find_files(inputs), held_out_files)}
-    if held_out_files:
-        files["validation"] = held_out_files
-    loaded = load_tokenizer(tokenizer)
-    with _work_folder(output) as work:
-        texts = {split: _read(split, paths, work, num_workers=num_workers) for split, paths in files.items()}
-        _check_held_out_count(validation_documents, num_documents=len(texts["train"].documents))
-        splits, dropped = {}, {}
-        for split, read in texts.items():
-            rows = _tokenize(split, read.documents, loaded, append_eos=append_eos, num_workers=num_workers)
-            splits[split], lost = _drop_short(split, rows, min_tokens)
-            dropped[split] = Dropped(empty=read.num_empty + lost.empty, short=lost.short)
-        if validation_documents:
-            _check_held_out_count(validation_documents, num_documents=len(splits["train"]))
-            splits = _hold_out(splits["train"], validation_documents, seed=seed)
-        info = write_store(work / "store", splits, tokenizer=describe_tokenizer(loaded))
-        _publish(work, output)
-    return Prepared(output=output, info=info, dropped=dropped)
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() and not is_store(output):
-        raise DataError("the output exists and is not a token store", got=output, do="choose another --output")
-    if output.exists() and not overwrite:
-        raise DataError(
-            "the output exists already", got=output, do="choose another --output, or give --overwrite to replace it"
-        )
+    stop = stop or StopSignals()
+    unreadable: list[str] | None = [] if skip_unreadable else None
+    output = home(output).absolute()
+    with work_folder(agree(output, overwrite=overwrite), overwrite=overwrite, stop=stop) as (place, work):
+        held_out_files = find_files(validation_inputs, left_out=unreadable)
+        files = {"train": _without(find_files(inputs, left_out=unreadable), held_out_files)}
+        if held_out_files:
+            files["validation"] = held_out_files
+        needed = check_room([path for paths in files.values() for path in paths], work)
+        loaded = load_tokenizer(tokenizer)
+        with system_errors_in_words(work, needed=needed), workers_end_with_this_process():
+            if num_workers > 1:  # the sockets of its workers, which only an orderly end of the interpreter removes
+                sockets = get_temp_dir()
+                stop.on_signal(lambda: shutil.rmtree(sockets, ignore_errors=True))
+            texts = {
+                split: _read(split, paths, work, drop_nul=drop_nul, num_workers=num_workers)
+                for split, paths in files.items()
+            }
+            _check_held_out_count(validation_documents, num_documents=len(texts["train"].documents))
+            splits, dropped = {}, {}
+            for split, read in texts.items():
+                rows = _tokenize(split, read.documents, loaded, append_eos=append_eos, num_workers=num_workers)
+                splits[split], lost = _drop_short(split, rows, min_tokens)
+                dropped[split] = Dropped(empty=read.num_empty + lost.empty, short=lost.short, nul=read.num_nul)
+            if validation_documents:
+                _check_held_out_count(validation_documents, num_documents=len(splits["train"]))
+                splits = _hold_out(splits["train"], validation_documents, seed=seed)
+            info = write_store(work / "store", splits, tokenizer=describe_tokenizer(loaded))
+        stop.too_late()
+        publish(place, work, work / "store")
+    return Prepared(output=output, info=info, dropped=dropped, unreadable=tuple(unreadable or ()))
 
 
 def _without(files: list[Path], held_out: list[Path]) -> list[Path]:
@@ -142,34 +157,21 @@ def _without(files: list[Path], held_out: list[Path]) -> list[Path]:
     return kept
 
 
-@contextlib.contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output, for what is not finished; gone at the end, however it comes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}.preparing-"
-    for left in sorted(path for path in output.parent.iterdir() if path.name.startswith(prefix)):
-        logger.warning("%s was left by a preparation that was killed (or still runs); it can be deleted", left)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class _Read:
     documents: datasets.Dataset
     num_empty: int
+    num_nul: int
 
 
-def _read(split: str, files: Sequence[Path], work: Path, *, num_workers: int) -> _Read:
+def _read(split: str, files: Sequence[Path], work: Path, *, drop_nul: bool, num_workers: int) -> _Read:
     """Read and check all files of a split, a file at a time in each worker, in the order of the files."""
     names = [str(path) for path in files]
     everything = datasets.Dataset.from_generator(
         _read_in_worker,
         features=_TEXT_FEATURES,
         cache_dir=str(work / "text"),
-        gen_kwargs={"files": names},
+        gen_kwargs={"files": names, "drop_nul": drop_nul},
         num_proc=_num_processes(num_workers, len(names)),
         split=datasets.NamedSplit(split),
         writer_batch_size=_BATCH_DOCUMENTS,
@@ -182,16 +184,17 @@ def _read(split: str, files: Sequence[Path], work: Path, *, num_workers: int) ->
         raise DataError(
             f"all documents of the {split} inputs are empty", got=f"{len(everything)} documents in {len(names)} files"
         )
-    return _Read(documents=everything.select(kept), num_empty=len(everything) - len(kept))
+    num_nul = pc.sum(everything.data.column("num_nul")).as_py()
+    return _Read(documents=everything.select(kept), num_empty=len(everything) - len(kept), num_nul=num_nul)
 
 
-def _read_in_worker(files: Sequence[str]) -> Iterator[dict[str, str | None]]:
+def _read_in_worker(files: Sequence[str], *, drop_nul: bool) -> Iterator[dict[str, str | int | None]]:
     """Documents, and an error as a row of its own: ``datasets`` wraps what a generator raises and loses its cause."""
     try:
-        for document in read_documents(files):
-            yield {**document, "error": None}
+        for document in read_documents(files, drop_nul=drop_nul):
+            yield {**asdict(document), "error": None}
     except DataError as error:
-        yield {"text": "", "source": "", "error": str(error)}
+        yield {"text": "", "source": "", "num_nul": 0, "error": readable(str(error))}
 
 
 def _raise_first(errors: pa.ChunkedArray) -> None:
@@ -222,7 +225,7 @@ def _tokenize(
         batched=True,
         batch_size=_BATCH_DOCUMENTS,
         writer_batch_size=_BATCH_DOCUMENTS,
-        remove_columns=["text", "error"],
+        remove_columns=["text", "num_nul", "error"],
         features=STORE_FEATURES,
         num_proc=_num_processes(num_workers, len(documents)),
         load_from_cache_file=False,
@@ -272,13 +275,6 @@ def _hold_out(rows: datasets.Dataset, count: int, *, seed: int) -> dict[str, dat
     return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
 
 
-def _publish(work: Path, output: Path) -> None:
-    """Put the finished store in its place; a store that it replaces goes away with the work folder."""
-    if output.exists():
-        os.rename(output, work / "replaced")
-    os.rename(work / "store", output)
-
-
 def summary(prepared: Prepared) -> str:
     """A short table of what was written, for people."""
     splits = prepared.info.splits
@@ -292,7 +288,12 @@ def summary(prepared: Prepared) -> str:
         lines.append(f"{power:>12,} -{2 * power - 1:>12,} {row}")
     for name, dropped in prepared.dropped.items():
         lines.append(f"dropped from {name}: {dropped.empty:,} empty, {dropped.short:,} shorter than --min-tokens")
+        if dropped.nul:
+            lines.append(f"dropped from {name}: {dropped.nul:,} NUL characters")
+    lines += [f"left out, cannot be read: {line}" for line in prepared.unreadable]
     tokenizer = prepared.info.tokenizer
-    lines.append(f"tokenizer: {tokenizer.name} ({tokenizer.vocab_size:,} ids, identity {tokenizer.identity[:12]})")
-    lines.append(f"written to {prepared.output}")
+    lines.append(
+        f"tokenizer: {readable(tokenizer.name)} ({tokenizer.vocab_size:,} ids, identity {tokenizer.identity[:12]})"
+    )
+    lines.append(f"written to {readable(prepared.output)}")
     return "\n".join(lines)

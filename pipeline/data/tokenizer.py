@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.data.text import home, readable
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_GIVE = "give a folder with tokenizer.json, usually the backbone's own, or a hub name"
 
 # What of a tokenizer decides which ids a text becomes. Left out: padding and truncation (state of the last call), the
 # post-processor (adds special tokens only, which a store never asks for) and the decoder (ids back to text).
@@ -78,7 +80,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name = str(name)
-    folder = Path(name).expanduser()
+    folder = home(name)
+    if not name.strip():
+        raise DataError("the name of the tokenizer is empty", got=repr(name), do=_GIVE)
     if folder.is_dir():
         try:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -89,12 +93,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
                 expected="tokenizer.json and tokenizer_config.json, as written by save_pretrained",
                 do="give the backbone's own folder",
             ) from error
+    if folder.exists():
+        raise DataError("the tokenizer is a file", got=readable(name), expected="its folder", do=_GIVE)
     if _is_a_path(name):
-        raise DataError(
-            "the tokenizer folder does not exist",
-            got=name,
-            do="give a folder with tokenizer.json, usually the backbone's own, or a hub name",
-        )
+        raise DataError("the tokenizer folder does not exist", got=readable(name), do=_GIVE)
     return _load_from_hub(name)
 
 
@@ -118,8 +120,14 @@ def _load_from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def _is_a_path(name: str) -> bool:
-    """Whether the name cannot be a hub name, which is ``model`` or ``org/model``."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+    """Whether the name cannot be a hub name, which is ``model`` or ``org/model`` of a few characters."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.startswith("~")
 
 
 def _first_line(error: Exception) -> str:

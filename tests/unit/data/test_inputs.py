@@ -1,4 +1,4 @@
-"""Finding input files and reading documents, with the place named in every error."""
+"""Reading documents, with the place named in every error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from pipeline.data import inputs
-from pipeline.data.inputs import find_files, read_documents
+from pipeline.data.inputs import Document, read_documents
 from pipeline.errors import DataError
 
 TEXTS = ["first line\nsecond", "zweites: äöü €", "", "x" * 5000]
@@ -23,7 +23,7 @@ def read(*paths):
 
 
 def texts(*paths):
-    return [document["text"] for document in read(*paths)]
+    return [document.text for document in read(*paths)]
 
 
 def write(path, data):
@@ -32,25 +32,9 @@ def write(path, data):
     return path
 
 
-def test_folders_are_searched_in_a_fixed_order_each_file_once(tmp_path):
-    for name in ("b.txt", "a/z.txt", "a/y.jsonl", "notes.md", ".hidden.txt", ".git/c.txt"):
-        write(tmp_path / name, b"{}")
-    files = find_files([tmp_path / "b.txt", tmp_path, tmp_path / "a"])
-    assert [str(path.relative_to(tmp_path)) for path in files] == ["b.txt", "a/y.jsonl", "a/z.txt"]
-
-
-def test_inputs_that_cannot_be_used_are_errors(tmp_path):
-    with pytest.raises(DataError, match="input does not exist.*nowhere"):
-        find_files([tmp_path / "nowhere"])
-    with pytest.raises(DataError, match=r"no readable files.*\.jsonl\.zst"):
-        find_files([tmp_path])
-    with pytest.raises(DataError, match=r"unknown kind.*notes\.md.*expected: \.txt"):
-        find_files([write(tmp_path / "notes.md", b"x")])
-
-
 def test_a_text_file_is_one_document(tmp_path):
     path = write(tmp_path / "a.txt", "\ufeffone\r\ntwo\n\nthree €".encode())
-    assert read(path) == [{"text": "one\ntwo\n\nthree €", "source": str(path)}]
+    assert read(path) == [Document(text="one\ntwo\n\nthree €", source=str(path))]
 
 
 def test_plain_and_compressed_jsonl_read_alike(tmp_path):
@@ -58,7 +42,7 @@ def test_plain_and_compressed_jsonl_read_alike(tmp_path):
     gz = write(tmp_path / "a.jsonl.gz", gzip.compress(JSONL[:20]) + gzip.compress(JSONL[20:]))
     zst = write(tmp_path / "a.jsonl.zst", zstandard.compress(JSONL[:20]) + zstandard.compress(JSONL[20:]))
     assert texts(plain) == texts(gz) == texts(zst) == TEXTS
-    assert [document["source"] for document in read(zst)] == [f"{zst}:{number}" for number in (1, 2, 3, 4)]
+    assert [document.source for document in read(zst)] == [f"{zst}:{number}" for number in (1, 2, 3, 4)]
 
 
 def test_zstd_blocks_may_end_anywhere(tmp_path, monkeypatch):
@@ -68,7 +52,7 @@ def test_zstd_blocks_may_end_anywhere(tmp_path, monkeypatch):
 
 def test_blank_lines_and_a_byte_order_mark_are_no_documents(tmp_path):
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
-    assert [document["source"] for document in read(path)] == [f"{path}:1", f"{path}:4"]
+    assert [document.source for document in read(path)] == [f"{path}:1", f"{path}:4"]
     assert texts(path) == ["a", "b"]
 
 
@@ -108,7 +92,7 @@ def test_parquet(tmp_path, kind):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1, 2, 3, 4], "text": pa.array(TEXTS, type=kind)}), path)
     assert texts(path) == TEXTS
-    assert read(path)[3]["source"] == f"{path}:3"
+    assert read(path)[3].source == f"{path}:3"
 
 
 def test_bad_parquet_is_an_error(tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 
 import numpy as np
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.data import prepare as module
@@ -158,16 +161,74 @@ def test_a_failure_while_writing_keeps_the_old_store(texts, tmp_path, tokenizer_
         raise OSError("no space left on device")
 
     monkeypatch.setattr(module, "write_store", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(DataError, match="the system refused.*no space left"):
         prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store", overwrite=True)
     assert documents(tmp_path / "store") == before
     assert entries(tmp_path) == ["store", "texts"]
 
 
-def test_what_a_killed_preparation_left_is_named(texts, tmp_path, tokenizer_folder, caplog):
-    (tmp_path / ".store.preparing-abc").mkdir()
-    prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store")
-    assert ".store.preparing-abc was left by a preparation that was killed" in caplog.text
+def test_nul_characters_are_counted_in_the_summary(texts, tmp_path, tokenizer_folder):
+    (texts / "0.txt").write_text("The har\0bour\0 was old.")
+    (texts / "more.jsonl").write_text('{"text": "a"}\n\0\0\0\n')
+    with pytest.raises(DataError, match=r"NUL characters; got: .*0\.txt[^$]*1 more files have errors"):
+        prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store", num_workers=2)
+    prepared = prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store", drop_nul=True)
+    assert prepared.dropped == {"train": Dropped(empty=2, short=0, nul=5)}
+    assert "dropped from train: 5 NUL characters" in summary(prepared).splitlines()
+
+
+def test_what_cannot_be_read_is_listed_in_the_summary(texts, tmp_path, tokenizer_folder):
+    (texts / "gone.txt").symlink_to(texts / "nowhere")
+    with pytest.raises(DataError, match="some inputs cannot be read"):
+        prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store")
+    prepared = prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store", skip_unreadable=True)
+    line = f"{texts / 'gone.txt'} (symbolic link to nothing)"
+    assert prepared.unreadable == (line,)
+    assert f"left out, cannot be read: {line}" in summary(prepared).splitlines()
+    assert entries(tmp_path) == ["store", "texts"]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_names_that_are_not_utf8(texts, tmp_path, tokenizer_folder, tokenizer, num_workers):
+    folder = texts / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (texts / "0.txt").rename(folder / "0.txt")
+    settings = {"tokenizer": tokenizer_folder, "output": tmp_path / "store", "num_workers": num_workers}
+    (folder / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"not UTF-8; got: .*/caf\\xe9/bad.txt"):
+        prepare([texts], **settings)
+    (folder / "bad.txt").unlink()
+    prepare([texts], **settings)
+    store = TokenStore.open(tmp_path / "store")
+    assert [store.source(number) for number in (0, 3)] == [str(texts / "2.txt"), f"{texts}/caf\\xe9/0.txt"]
+    assert documents(tmp_path / "store") == expected(tokenizer, [2, 3, 4, 0])
+
+
+def test_the_output_may_be_inside_an_input_folder(texts, tokenizer_folder):
+    for _ in range(2):
+        prepare([texts], tokenizer=tokenizer_folder, output=texts / "store", overwrite=True)
+        assert len(documents(texts / "store")) == 4
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("full", ["while reading", "while tokenizing", "while saving"])
+def test_a_full_disk_is_said_in_words(texts, tmp_path, tokenizer_folder, monkeypatch, num_workers, full):
+    class Full(ArrowWriter):
+        def write_table(self, table, *rest):
+            reading, saving = "text" in table.column_names, "/store/" in str(self._path)
+            if full == ("while reading" if reading else "while saving" if saving else "while tokenizing"):
+                raise OSError(28, "No space left on device")
+            super().write_table(table, *rest)
+
+    for place in ("builder", "arrow_dataset", "arrow_writer"):
+        monkeypatch.setattr(f"datasets.{place}.ArrowWriter", Full)
+    with pytest.raises(DataError) as error:
+        prepare([texts], tokenizer=tokenizer_folder, output=tmp_path / "store", num_workers=num_workers)
+    words = r"the disk of the output is full; got: No space left on device: [\d.,]+ .B free in .*\.store\.preparing-.*"
+    assert re.fullmatch(
+        words + "expected: about 0.0 MB in all, estimated from .*; do: make room there, or .*", str(error.value)
+    )
+    assert entries(tmp_path) == ["texts"]
 
 
 def test_errors_that_leave_nothing(texts, tmp_path, tokenizer_folder, caplog):

@@ -48,7 +48,7 @@ def test_slow_tokenizers_have_an_identity_too():
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", "my models/tiny", "tok/", "C:\\tok", "tok\udce9"):
         with pytest.raises(DataError, match="tokenizer folder does not exist.*tokenizer.json"):
             load_tokenizer(name)
 
@@ -56,6 +56,14 @@ def test_a_missing_folder_is_an_error(tmp_path):
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(DataError, match="holds no tokenizer that can be loaded.*expected: tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+def test_a_file_or_nothing_instead_of_a_folder_is_an_error(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"the tokenizer is a file; got: .*tokenizer\.json; expected: its folder"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="name of the tokenizer is empty"):
+        load_tokenizer("")
 
 
 def test_a_hub_name_without_network_is_an_error_in_words(monkeypatch):
