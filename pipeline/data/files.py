@@ -53,7 +53,7 @@ def find_files(inputs: Sequence[str | Path], *, left_out: list[str] | None = Non
     for line in search.unreadable:
         logger.warning("left out, cannot be read: %s", line)
     if left_out is not None:
-        left_out += search.unreadable
+        left_out += [line for line in search.unreadable if line not in left_out]
     if inputs and not found:
         raise DataError("no input can be read", got=_shortened(search.unreadable))
     return list(found.values())

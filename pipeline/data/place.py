@@ -46,8 +46,10 @@ class Place:
 
     def claim(self) -> Claim:
         """Lock and work folder of this place: inside a folder that is filled, else beside."""
-        if self.in_place:
-            return Claim(self.output, _INSIDE)
+        return Claim(self.output, _INSIDE) if self.in_place else self.claim_beside()
+
+    def claim_beside(self) -> Claim:
+        """What claims it where nothing, or a store, is there."""
         return Claim(self.output.parent, f".{self.output.name}{_INSIDE}")
 
 
@@ -107,9 +109,13 @@ def work_folder(place: Place, *, overwrite: bool, stop: StopSignals) -> Iterator
     Raises:
         DataError: Another preparation is making this store, or nothing can be written there.
     """
-    claim = place.claim()
     with contextlib.ExitStack() as stack:
         try:
+            if place.in_place and place.claim_beside().lock.exists():
+                # The folder is empty because another has just put the store aside: it refuses us, or has left it so.
+                with place.claim_beside().held(rescue=lambda left: _rescue(left, place.output), stop=stop):
+                    place = agree(place.output, overwrite=overwrite)
+            claim = place.claim()
             stack.enter_context(_parents(claim.lock.parent, stop))
             stack.enter_context(claim.held(rescue=lambda left: _rescue(left, place.output), stop=stop))
             now = agree(place.output, overwrite=overwrite)

@@ -180,6 +180,42 @@ def test_what_comes_between_the_two_renames_is_kept_and_so_is_the_old_store(tmp_
     assert f"what was at {output} is now at {tmp_path / kept}" in caplog.text
 
 
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a newer store"])
+def test_a_preparation_that_was_killed_while_it_exchanged_stores(tmp_path, there):
+    output, left = tmp_path / "store", tmp_path / ".store.preparing-12345678"
+    make_store(left / "replaced")
+    (tmp_path / ".store.preparing.lock").write_text(json.dumps({"work": left.name}))
+    if there == "a newer store":
+        make_store(output, "newer")
+        with preparing(output, overwrite=True):
+            assert mark(output) == "newer" and not left.exists()
+        assert mark(output) == "new"
+    else:
+        if there == "an empty folder":
+            output.mkdir()
+        with pytest.raises(DataError, match="output exists already"), preparing(output):
+            pass
+        assert mark(output) == "old"
+    assert names(tmp_path) == ["store"]
+
+
+def test_an_empty_folder_whose_store_another_has_just_put_aside_is_not_filled(tmp_path, monkeypatch):
+    make_store(tmp_path / "store")
+    put = module._put
+
+    def late(store, to):
+        to.mkdir()
+        with pytest.raises(DataError, match="another preparation is making this store"), preparing(to):
+            pass
+        to.rmdir()
+        put(store, to)
+
+    monkeypatch.setattr(module, "_put", late)
+    with preparing(tmp_path / "store", overwrite=True):
+        pass
+    assert mark(tmp_path / "store") == "new" and names(tmp_path) == ["store"]
+
+
 def test_a_store_that_cannot_be_exchanged_stays(tmp_path, monkeypatch):
     make_store(tmp_path / "store")
 
