@@ -15,7 +15,7 @@ from pipeline.data.stdlib import collect
 def main() -> None:
     """Collects, and says how much."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, type=Path, help="folder of .txt files; replaced")
+    parser.add_argument("--output", required=True, type=Path, help="folder to make, of .txt files")
     parser.add_argument("--min-bytes", type=int, default=30_000, help="shorter files are left out")
     arguments = parser.parse_args()
     count = collect(arguments.output, min_bytes=arguments.min_bytes)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -99,8 +100,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="leave out files and folders that cannot be read, and list them"
     )
+    parser.add_argument(
+        "--add-hashes",
+        action=_AddHashes,
+        metavar="STORE",
+        help="nothing else: add hashes to a store that was made without, so that changes in it are noticed from now on",
+    )
     parser.add_argument("--drop-nul", action="store_true", help="drop NUL characters, and count them")
     return parser
+
+
+class _AddHashes(argparse.Action):
+    """As `--help`: does its work, and ends the program whatever else is or is not there."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, store: Any, option: str | None = None) -> None:
+        from pipeline.data.store import add_hashes  # takes seconds
+
+        try:
+            info = add_hashes(_path(store))
+        except (LongMemError, OSError) as error:
+            parser.exit(1, f"error: {error}\n")
+        parser.exit(0, f"hashes of {', '.join(info.splits)} were added to {store}\n")
 
 
 def _count(text: str) -> int:

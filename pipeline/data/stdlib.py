@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -15,15 +16,17 @@ def collect(output: Path, *, min_bytes: int) -> int:
     """Copies the running interpreter's library modules into a folder, one `.txt` each.
 
     Args:
-        output: The folder; replaced.
+        output: The folder to make.
         min_bytes: Shorter files are left out.
 
     Returns:
         The number of files.
 
     Raises:
-        DataError: The interpreter has no sources.
+        DataError: The interpreter has no sources, or the folder is there already.
     """
+    if os.path.lexists(output):
+        raise DataError("the output exists already", got=output, do="name a folder that does not exist")
     library = Path(sysconfig.get_paths()["stdlib"])
     found = [
         path
@@ -42,6 +45,5 @@ def collect(output: Path, *, min_bytes: int) -> int:
     for path in found:
         name = ".".join(path.relative_to(library).with_suffix("").parts)
         (work / f"{name}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
     work.rename(output)
     return len(found)

@@ -141,3 +141,20 @@ def test_bad_words_exit_with_two(inputs, tmp_path, capsys, words, message):
         main([*inputs, "--output", str(tmp_path / "store"), *words])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_hashes_are_added_to_a_store_of_before(inputs, tmp_path, capsys):
+    output = tmp_path / "store"
+    assert main([*inputs, "--output", str(output), "--workers", "1"]) == 0
+    made = json.loads((output / "store.json").read_text())
+    before = json.loads((output / "store.json").read_text())
+    del before["splits"]["train"]["files"], before["splits"]["train"]["tokens_sha256"]
+    (output / "store.json").write_text(json.dumps(before))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["--add-hashes", str(output)])
+    assert ended.value.code == 0 and f"hashes of train were added to {output}" in capsys.readouterr().err
+    assert json.loads((output / "store.json").read_text()) == made
+    with pytest.raises(SystemExit) as ended:
+        main(["--add-hashes", str(output)])
+    assert ended.value.code == 1 and "error: the token store has hashes already" in capsys.readouterr().err
