@@ -20,6 +20,6 @@ check "ruff format" ruff format --check .
 check "ruff check" ruff check .
 check "mypy" mypy
 check "import-linter" lint-imports
-check "pydoclint" pydoclint --quiet pipeline eval launch
+check "pydoclint" pydoclint --quiet pipeline eval launch tools
 check "codespell" codespell
 exit "$status"

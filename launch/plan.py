@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     config = load_config(options.config, overrides)
     # Loaded after the settings are known to be right: these imports take seconds.
-    from pipeline.model.plan import make_plan
-    from pipeline.model.plan_text import plan_text
-    from pipeline.model.shapes import known_shape, read_shape
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.shapes import known_shape, read_shape
+    from pipeline.planning.text import plan_text
 
     shape = known_shape(options.shape) if options.shape else read_shape(config.backbone.path)
     plan = make_plan(config, shape, world_size=options.nodes * options.gpus_per_node)

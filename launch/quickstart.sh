@@ -48,7 +48,7 @@ if [[ -n "$text" ]]; then
 else
   held_out=8
   input=$cache/python-library
-  [[ -d $input ]] || python launch/collect_stdlib.py --output $input
+  [[ -d $input ]] || python tools/collect_stdlib.py --output $input
 fi
 if [[ -f $data/store.json ]]; then
   echo "$data is there"

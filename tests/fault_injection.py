@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damaged, read_manifest
 from pipeline.config.schema import Config
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 from pipeline.metrics.record import read_metrics
 from tests.ranks import free_port, rank_environment
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from contextlib import suppress
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import BackboneError
+from pipeline.files import is_a_path
 
 _CHECK = "check the folder, or convert or download the model again"
 _IN_LAYER = re.compile(r"(.*?\.)\d+\.")
@@ -33,8 +33,8 @@ def read_backbone_config(path: str) -> Any:
     Raises:
         BackboneError: There is none.
     """
-    if not Path(path).is_dir() and _is_meant_as_path(path):
-        is_file = Path(path).exists()
+    is_file = Path(path).is_file()
+    if is_file or (is_a_path(path) and not Path(path).is_dir()):
         raise _no_backbone(path, "which is a file" if is_file else f"which does not exist in {Path.cwd()}")
     try:
         return AutoConfig.from_pretrained(path)
@@ -144,11 +144,6 @@ def _no_backbone(path: str, why: str) -> BackboneError:
         expected="a Hugging Face model folder (config.json, *.safetensors) or hub name",
         do="set backbone.path; launch/prepare_backbone.py makes a small one without network",
     )
-
-
-def _is_meant_as_path(path: str) -> bool:
-    """Whether it cannot be a hub name, `name` or `owner/name`, or names something that is there."""
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/") or os.path.exists(path)
 
 
 def _check_names(path: str, *, missing: Collection[str], unexpected: Collection[str]) -> None:

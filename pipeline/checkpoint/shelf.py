@@ -23,7 +23,7 @@ from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.room import free_bytes
 from pipeline.config.untrusted import read_small, shown
 from pipeline.errors import CheckpointError
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"

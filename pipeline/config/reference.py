@@ -21,7 +21,7 @@ A value on the command line wins over the file, the file over the defaults. List
 PAGE_HEAD = """\
 # Configuration
 
-<!-- Written by `python -m launch.write_configuration_docs` from pipeline/config/. Change the fields there. -->
+<!-- Written by `python -m tools.write_configuration_docs` from pipeline/config/. Change the fields there. -->
 
 `launch/train.py --config FILE [--section.key value ...]`: a value on the command line wins over the file, the file over
 the defaults. `--section.key=value` is the same. Lists are written `[1, 2]`, nothing as `null`. All problems of a

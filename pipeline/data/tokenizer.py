@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.text import home, readable
 from pipeline.errors import DataError
+from pipeline.files import is_a_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             ) from error
     if folder.exists():
         raise DataError("the tokenizer is a file", got=readable(name), expected="its folder", do=_GIVE)
-    if _is_a_path(name):
+    if is_a_path(name):
         raise DataError("the tokenizer folder does not exist", got=readable(name), do=_GIVE)
     return _load_from_hub(name)
 
@@ -117,17 +118,6 @@ def _load_from_hub(name: str) -> PreTrainedTokenizerBase:
             got=f"{name} ({_first_line(error)})",
             do="check the name; without network give a folder with tokenizer.json, usually the backbone's own",
         ) from error
-
-
-def _is_a_path(name: str) -> bool:
-    """Whether the name cannot be a hub name, which is ``model`` or ``org/model`` of a few characters."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return True
-    return name.startswith("~")
 
 
 def _first_line(error: Exception) -> str:

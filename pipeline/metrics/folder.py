@@ -8,7 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 
 VERSIONS_NAME = "versions.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "datasets", "faiss-cpu", "faiss-gpu", "tensorboard")

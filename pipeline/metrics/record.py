@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.config.untrusted import parse_json
 from pipeline.errors import DataError
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from pipeline.config.untrusted import Typed, parse_json, read_small, what_is_wrong
 from pipeline.errors import DataError
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 
 logger = logging.getLogger(__name__)
 STATUS_NAME = "status.json"

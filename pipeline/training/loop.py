@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from pipeline.data.store import TokenStore
 from pipeline.distributed.ranks import gather, on_rank_zero, rank
 from pipeline.distributed.signals import Signals
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run

@@ -28,7 +28,7 @@ from pipeline.config.schema import Config
 from pipeline.config.untrusted import read_small, short, shown
 from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import TrainingError
-from pipeline.metrics.atomic import PARTIAL, write_text
+from pipeline.files import PARTIAL, write_text
 from pipeline.metrics.folder import write_versions
 from pipeline.metrics.status import STATUS_NAME
 from pipeline.training.run_lock import LOCK_NAME

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.schema import Config
-from pipeline.model.plan import Plan
-from pipeline.model.traffic import Traffic
+from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import Traffic
 from tests.distributed.sharded_training import Case, train
 from tests.ranks import run_ranks
 from tests.tiny_config import tiny_config
@@ -105,8 +105,8 @@ def measured(
 
 
 def test_bytes_are_what_the_ranks_hold(measured):
-    from pipeline.model.plan import make_plan
-    from pipeline.model.shapes import read_shape
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.shapes import read_shape
 
     config, ranks = measured
     plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
@@ -118,8 +118,8 @@ def test_bytes_are_what_the_ranks_hold(measured):
 
 
 def test_traffic_is_what_the_ranks_send(measured):
-    from pipeline.model.plan import make_plan
-    from pipeline.model.shapes import read_shape
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.shapes import read_shape
 
     config, ranks = measured
     plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
@@ -134,8 +134,8 @@ def test_traffic_is_what_the_ranks_send(measured):
 
 @pytest.mark.parametrize("name", READS)
 def test_memory_traffic_is_what_is_counted(name):
-    from pipeline.model.plan import make_plan
-    from pipeline.model.shapes import shape_of
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.shapes import shape_of
 
     case = Case(sections=READS[name], steps=2)
     sections = {key: dict(value) for key, value in case.sections.items()}

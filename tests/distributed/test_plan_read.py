@@ -16,9 +16,9 @@ from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.memory.reader import BankReader, MemoryRead
 from pipeline.memory.view import Geometry, ReadSettings
 from pipeline.model.longmem import DTYPES
-from pipeline.model.plan_read import read_parts
-from pipeline.model.plan_sizes import bank_shape
-from pipeline.model.shapes import BackboneShape, known_shape
+from pipeline.planning.read import read_parts
+from pipeline.planning.shapes import BackboneShape, known_shape
+from pipeline.planning.sizes import bank_shape
 from pipeline.positions import PositionEncoding, PositionRule
 from tests.accelerator import read_as_on_an_accelerator
 from tests.ranks import run_ranks

@@ -74,4 +74,4 @@ def test_every_setting_has_words_and_help_fits_the_terminal() -> None:
 
 def test_the_written_reference_is_fresh() -> None:
     written = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert written == markdown_page(), "stale; do: python -m launch.write_configuration_docs"
+    assert written == markdown_page(), "stale; do: python -m tools.write_configuration_docs"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.metrics.atomic import write_text
+from pipeline.files import write_text
 from pipeline.metrics.folder import git_commit, write_versions
 
 

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from pipeline.errors import DataError
+from pipeline.files import write_text
 from pipeline.metrics import status as module
-from pipeline.metrics.atomic import write_text
 from pipeline.metrics.status import StatusFile, read_status
 
 

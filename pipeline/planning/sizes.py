@@ -16,10 +16,10 @@ from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit
 from pipeline.memory.bank import BankShape, ring_chunks
 from pipeline.model.longmem import DTYPES, layout_of
-from pipeline.model.plan_part import Part
-from pipeline.model.plan_read import read_parts
-from pipeline.model.shapes import BackboneShape
-from pipeline.model.traffic import FP32, zero_section
+from pipeline.planning.part import Part
+from pipeline.planning.read import read_parts
+from pipeline.planning.shapes import BackboneShape
+from pipeline.planning.traffic import FP32, zero_section
 from pipeline.sidenet.layout import Layout
 
 AFTER_BACKBONE = ("sidenet", "loss", "backward")

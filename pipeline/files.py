@@ -1,4 +1,4 @@
-"""Files that change whole or not at all."""
+"""Files that change whole or not at all, and names of folders."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def is_a_path(name: str) -> bool:
+    """Whether a name cannot be a hub name, which is `model` or `owner/model` of a few kinds of characters."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.startswith("~")

@@ -1,4 +1,4 @@
-"""Writes the tables and the example of docs/plan.md: `python -m launch.write_plan_docs`.
+"""Writes the tables and the example of docs/plan.md: `python -m tools.write_plan_docs`.
 
 A table stands behind the command that it is made with, one row a world; the example behind its own.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from launch.plan import main as plan_main
 from pipeline.config.load import load_config
-from pipeline.model.plan import Plan, make_plan
-from pipeline.model.plan_text import in_words
-from pipeline.model.shapes import known_shape
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.shapes import known_shape
+from pipeline.planning.text import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plan.md"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.model.plan import Plan
-from pipeline.model.plan_part import ALWAYS, Part
+from pipeline.planning.part import ALWAYS, Part
+from pipeline.planning.plan import Plan
 
 GIB = 2**30
 USABLE = 0.9

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit
-from pipeline.model.shapes import BackboneShape
+from pipeline.planning.shapes import BackboneShape
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
 

@@ -10,9 +10,9 @@ from pipeline.memory.bank import BankShape
 from pipeline.memory.search import MARGIN, numbers_of_search
 from pipeline.memory.view import SLOTS_PER_BLOCK, at_once
 from pipeline.model.longmem import DTYPES
-from pipeline.model.plan_part import Part
-from pipeline.model.shapes import BackboneShape
-from pipeline.model.traffic import FP32, INT32, INT64
+from pipeline.planning.part import Part
+from pipeline.planning.shapes import BackboneShape
+from pipeline.planning.traffic import FP32, INT32, INT64
 from pipeline.positions import PositionRule
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
-from pipeline.model.plan_part import ALWAYS, Part
-from pipeline.model.plan_sizes import Sizes
-from pipeline.model.shapes import BackboneShape
-from pipeline.model.traffic import Traffic, engine_traffic, memory_traffic
+from pipeline.planning.part import ALWAYS, Part
+from pipeline.planning.shapes import BackboneShape
+from pipeline.planning.sizes import Sizes
+from pipeline.planning.traffic import Traffic, engine_traffic, memory_traffic
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Collects the Python library's sources as text: `python launch/collect_stdlib.py --output DIR [--min-bytes N]`."""
+"""Collects the Python library's sources as text: `python tools/collect_stdlib.py --output DIR [--min-bytes N]`."""
 
 from __future__ import annotations
 

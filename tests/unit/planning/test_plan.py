@@ -13,10 +13,10 @@ from transformers import GPT2Config, LlamaConfig
 from pipeline.config.schema import Config
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import DTYPES
-from pipeline.model.plan import Plan, make_plan
-from pipeline.model.plan_sizes import bank_shape
-from pipeline.model.plan_text import in_words, plan_text, verdict
-from pipeline.model.shapes import KNOWN_SHAPES, BackboneShape, known_shape, read_shape, shape_of
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.shapes import KNOWN_SHAPES, BackboneShape, known_shape, read_shape, shape_of
+from pipeline.planning.sizes import bank_shape
+from pipeline.planning.text import in_words, plan_text, verdict
 from tests.tiny_config import tiny_config
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import tiny_model
@@ -340,10 +340,10 @@ def test_numbers_in_words():
 
 
 def test_the_page_shows_what_the_plan_says():
-    from launch.write_plan_docs import PAGE, page
+    from tools.write_plan_docs import PAGE, page
 
     written = PAGE.read_text(encoding="utf-8")
-    assert page(written) == written, "stale; do: python -m launch.write_plan_docs"
+    assert page(written) == written, "stale; do: python -m tools.write_plan_docs"
 
 
 def test_the_launcher_knows_the_same_shapes():

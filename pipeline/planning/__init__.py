@@ -1,0 +1,1 @@
+"""Bytes and traffic of a run by formula, before anything runs."""
