@@ -30,6 +30,9 @@ class Weights:
     def __init__(self, tiny: TinyLongMem) -> None:
         self.tiny = tiny
 
+    def least_bytes(self) -> int:
+        return 0
+
     def save(self, folder: Path) -> None:
         weights = {name: weight.detach().clone() for name, weight in self.tiny.longmem.sidenet.named_parameters()}
         save_file(weights, folder / "model.safetensors")
@@ -51,6 +54,7 @@ def tiny() -> TinyLongMem:
 def run(tiny: TinyLongMem, tmp_path: Path) -> Path:
     """A run folder with two checkpoints of it."""
     found = {"backbone": identity(tiny_model("llama")), "precision": "fp32"}
+    (tmp_path / "run").mkdir()
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, group_size=1, identity=found)
     for step in (4, 7):
         checkpoints.save(step, [Weights(tiny)])  # type: ignore[list-item]
