@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -168,7 +169,7 @@ class Job:
         told: LongMemError | None = None
         if self._has_claimed and is_gone(self.folder):
             told = gone(self.folder)
-        elif isinstance(error, OSError) and error.errno in _ILL_DISK:
+        elif isinstance(error, OSError) and (error.errno in _ILL_DISK or self._is_own(error)):
             told = TrainingError(
                 f"rank {rank()} could not write; the newest whole checkpoint is untouched",
                 got=f"{type(error).__name__}: {error}; {free_words(self.folder)}",
@@ -185,6 +186,10 @@ class Job:
         told.on_all_ranks = isinstance(error, LongMemError) and error.on_all_ranks
         told.__cause__ = error
         return told
+
+    def _is_own(self, error: OSError) -> bool:
+        """Whether an error is about a file of the run folder: such as TensorBoard's, which somebody removed."""
+        return error.filename is not None and os.fsdecode(error.filename).startswith(f"{self.folder}{os.sep}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -185,9 +185,9 @@ def gone(folder: Path) -> TrainingError:
         The error.
     """
     return TrainingError(
-        "the run folder was removed while the run trained: what it had saved is lost, and it ends",
+        "the run folder was removed while the run trained, or its settings were: the run ends",
         got=f"{folder} without {_CONFIG_NAME}",
-        do="put the folder back with its checkpoints and start again, or start anew",
+        do="put the folder back with config.yaml and checkpoints and start again, or start anew",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ def allocate():
 
 def no_room():
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_tensorboard(folder):
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder / "tensorboard" / "events").encode())
 
 
 def no_memory():
@@ -58,7 +63,7 @@ def test_a_folder_that_is_gone_is_the_reason(job, work):
     job.check_folder()
     shutil.rmtree(job.folder)
     with pytest.raises(
-        TrainingError, match="the run folder was removed while the run trained: .*do: put the folder back"
+        TrainingError, match="the run folder was removed while the run trained, .*do: put the folder back"
     ):
         job.check_folder()
     with pytest.raises(TrainingError, match="the run folder was removed while the run trained"), job.ending_together():
@@ -66,9 +71,22 @@ def test_a_folder_that_is_gone_is_the_reason(job, work):
     assert not job.folder.exists()
 
 
+def test_a_file_of_the_run_folder_that_is_gone_is_named(job):
+    with (
+        pytest.raises(TrainingError, match="rank 0 could not write; .*tensorboard/events.*do: see"),
+        job.ending_together(),
+    ):
+        no_tensorboard(job.folder)
+
+
 def test_our_own_bugs_stay_what_they_are(job):
     with pytest.raises(KeyError), job.ending_together():
         raise KeyError("bug")
+
+
+def test_a_foreign_file_that_is_missing_is_our_bug(job):
+    with pytest.raises(FileNotFoundError), job.ending_together():
+        Path("/nowhere").read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"[" * 100_000, b'{"step": 10'])
