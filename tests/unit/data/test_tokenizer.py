@@ -73,4 +73,4 @@ def test_a_hub_name_without_network_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     with pytest.raises(DataError, match=r"neither as a folder.*nor on the hub; got: nobody/x \(Name or .*known\); do"):
         load_tokenizer("nobody/x")
-    assert module._is_a_path("org/model") is False
+    assert module.is_a_path("org/model") is False
