@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.failing import explained
 from pipeline.config.output import readers_may_leave
 from pipeline.errors import DataError
-from pipeline.metrics.status import STATUS_NAME, Status, read_status
-from pipeline.training.run_lock import is_held
+from pipeline.training.job.run_lock import is_held
+from pipeline.training.job.status import STATUS_NAME, Status, read_status
 
 HEADER = ("run", "state", "step", "last sign", "ranks", "host", "reason")
 _MARKS = (STATUS_NAME, "config.yaml")

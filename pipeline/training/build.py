@@ -46,9 +46,9 @@ from pipeline.training.engines import (
     gather_partitions,
     start_distributed,
 )
-from pipeline.training.job import Job
+from pipeline.training.job.job import Job
+from pipeline.training.job.run_folder import SCRATCH, check_folder
 from pipeline.training.replay import replay
-from pipeline.training.run_folder import SCRATCH, check_folder
 from pipeline.training.step import Trainer
 
 logger = logging.getLogger(__name__)

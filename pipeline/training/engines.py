@@ -30,7 +30,7 @@ from pipeline.distributed.ranks import rank, world_size
 from pipeline.errors import ConfigError
 from pipeline.model.longmem import DTYPES
 from pipeline.sidenet.sidenet import SideNet
-from pipeline.training.leftovers import lock_extensions_for_life, unlink_shared_buffers
+from pipeline.training.job.leftovers import lock_extensions_for_life, unlink_shared_buffers
 from pipeline.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)

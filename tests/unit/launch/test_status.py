@@ -14,7 +14,7 @@ import pytest
 
 from launch.status import main
 from pipeline.errors import DataError
-from pipeline.training.run_lock import RunLock
+from pipeline.training.job.run_lock import RunLock
 
 
 def make(folder, *, age_s=0.0, **changes):

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from pipeline.errors import TrainingError
-from pipeline.training.run_lock import RunLock, is_held
+from pipeline.training.job.run_lock import RunLock, is_held
 
 HOLD = (
-    "import sys; from pathlib import Path; from pipeline.training.run_lock import RunLock;"
+    "import sys; from pathlib import Path; from pipeline.training.job.run_lock import RunLock;"
     "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); sys.stdin.read()"
 )
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.errors import TrainingError
-from pipeline.training.run_folder import check_folder, claim
+from pipeline.training.job.run_folder import check_folder, claim
 from tests.tiny_config import tiny_config
 
 

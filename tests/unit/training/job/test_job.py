@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.errors import TrainingError
-from pipeline.training.job import Job
+from pipeline.training.job.job import Job
 from pipeline.training.summary import read_evaluation, summary
 from tests.tiny_config import tiny_config
 

@@ -19,9 +19,9 @@ from pipeline.distributed.ranks import barrier, on_rank_zero, rank, world_size
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import Watch
 from pipeline.errors import LongMemError, TrainingError
-from pipeline.metrics.status import StatusFile
-from pipeline.training.run_folder import claim, gone, is_claimed, is_gone, unusable
-from pipeline.training.run_lock import RunLock
+from pipeline.training.job.run_folder import claim, gone, is_claimed, is_gone, unusable
+from pipeline.training.job.run_lock import RunLock
+from pipeline.training.job.status import StatusFile
 
 logger = logging.getLogger(__name__)
 _LAST_WORDS_S = 20.0  # twice the longest grace of a watch

@@ -9,11 +9,11 @@ import sys
 
 from torch.utils import cpp_extension
 
-from pipeline.training.leftovers import DyingLock, lock_extensions_for_life
+from pipeline.training.job.leftovers import DyingLock, lock_extensions_for_life
 
 TAKE_AND_DIE = """
 import os, signal, sys
-from pipeline.training.leftovers import DyingLock
+from pipeline.training.job.leftovers import DyingLock
 assert DyingLock(sys.argv[1]).try_acquire()
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -30,8 +30,8 @@ from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import TrainingError
 from pipeline.files import PARTIAL, write_text
 from pipeline.metrics.folder import write_versions
-from pipeline.metrics.status import STATUS_NAME
-from pipeline.training.run_lock import LOCK_NAME
+from pipeline.training.job.run_lock import LOCK_NAME
+from pipeline.training.job.status import STATUS_NAME
 
 _CONFIG_NAME = "config.yaml"
 SCRATCH = ".universal"  # made and removed while a checkpoint of another number of ranks is loaded

@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.files import write_text
-from pipeline.metrics import status as module
-from pipeline.metrics.status import StatusFile, read_status
+from pipeline.training.job import status as module
+from pipeline.training.job.status import StatusFile, read_status
 
 
 @pytest.fixture()
