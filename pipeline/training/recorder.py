@@ -12,7 +12,6 @@ from tqdm import tqdm
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import rank
 from pipeline.memory.reader import AgeObserver
-from pipeline.metrics.formulas import tokens_per_second
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.step import StepResult, ages_recorder
@@ -70,7 +69,7 @@ class Recorder:
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
-            "tokens_per_second": tokens_per_second(result.tokens, result.seconds),
+            "tokens_per_second": result.tokens / result.seconds,
             "seconds": result.seconds,
             "memory_fill": memory_fill,
             "gate_mean": float(self._gates().mean()),
