@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.checkpoint.reshard import ShardPlace
-from pipeline.memory.bank import BankShape, MemoryBank, ring_chunks
+from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.place import ShardPlace, Turn, ring_chunks
 
 NUM_LANES, SEGMENT, CHUNK = 4, 8, 2
 KV_HEADS, HEAD_DIM, LAYERS = 2, 3, 2
@@ -19,16 +19,14 @@ def place_of(rank: int, *, world_size: int, group_size: int, num_tokens: int) ->
     return ShardPlace(
         lanes=tuple(range(first, first + per_group)),
         num_lanes=NUM_LANES,
-        group_rank=rank % group_size,
-        group_size=group_size,
-        segment_tokens=SEGMENT,
+        turn=Turn(rank % group_size, group_size, SEGMENT),
         num_tokens=num_tokens,
     )
 
 
 def empty_bank(place: ShardPlace) -> MemoryBank:
     """A rank's bank."""
-    num_chunks = ring_chunks(place.num_tokens, segment_tokens=SEGMENT, chunk_size=CHUNK, group_size=place.group_size)
+    num_chunks = ring_chunks(place.num_tokens, segment_tokens=SEGMENT, chunk_size=CHUNK, group_size=place.turn.size)
     shape = BankShape(LAYERS, len(place.lanes), KV_HEADS, HEAD_DIM, num_chunks, CHUNK)
     return MemoryBank(shape, dtype=torch.bfloat16, device=torch.device("cpu"))
 
@@ -36,7 +34,7 @@ def empty_bank(place: ShardPlace) -> MemoryBank:
 def filled_bank(place: ShardPlace, *, num_segments: int) -> MemoryBank:
     """A rank's bank after some segments of every lane, of which it has written its own."""
     bank = empty_bank(place)
-    for index in range(place.group_rank, num_segments, place.group_size):
+    for index in range(place.turn.rank, num_segments, place.turn.size):
         documents = torch.stack([_of_lane(lane, index)[0] for lane in place.lanes])
         rows = torch.stack([_of_lane(lane, index)[1] for lane in place.lanes])  # [B, layers, 2, Hkv, T, D]
         memory = [(rows[:, layer, 0], rows[:, layer, 1]) for layer in range(LAYERS)]

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.manifest import DamageError
-from pipeline.checkpoint.reshard import ShardPlace, rank_file, reshard
+from pipeline.checkpoint.reshard import rank_file, reshard
 from pipeline.config.untrusted import Typed, parse_json, read_small, what_is_wrong
 from pipeline.distributed.ranks import gather, rank, together, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank
+from pipeline.memory.place import ShardPlace
 
 _FAR = 2**53  # beyond what any run reads
 _LANES_BYTES = 1 << 30
@@ -123,7 +124,7 @@ class MemoryOwner:
             raise CheckpointError(str(error), do="resume with the memory.* settings that it was saved with") from error
 
     def _stored(self, folder: Path, saved: SavedWorld) -> dict[str, Tensor]:
-        if saved == SavedWorld(world_size(), self.place.group_size):
+        if saved == SavedWorld(world_size(), self.place.turn.size):
             return load_file(rank_file(folder, rank()))
         return reshard(folder, saved, self.place, num_chunks=self.bank.shape.num_chunks)
 

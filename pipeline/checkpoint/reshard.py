@@ -10,9 +10,7 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.checkpoint.folder import SavedWorld
-
-
-@dataclass(frozen=True)
-class ShardPlace:
-    """The part of the memory that a rank keeps.
-
-    Attributes:
-        lanes: Numbers of its group's lanes.
-        num_lanes: Lanes of the job.
-        group_rank: The rank's number in its memory group.
-        group_size: `G`.
-        segment_tokens: `T`.
-        num_tokens: `M`, tokens of a lane that are remembered.
-    """
-
-    lanes: Sequence[int]
-    num_lanes: int
-    group_rank: int
-    group_size: int
-    segment_tokens: int
-    num_tokens: int
-
-    def holds(self, positions: Tensor) -> Tensor:
-        """Which chunks are this rank's.
-
-        Args:
-            positions: Lane positions of chunks, int64.
-
-        Returns:
-            bool, of the same shape.
-        """
-        return positions // self.segment_tokens % self.group_size == self.group_rank
-
-    def chunks_before(self, positions: Tensor, *, chunk_size: int) -> Tensor:
-        """How many chunks of a lane the rank had written before it came to a place.
-
-        Args:
-            positions: Lane positions in the rank's own segments, int64.
-            chunk_size: `c`.
-
-        Returns:
-            int64, of the same shape; its remainder by the size of the ring is the slot.
-        """
-        segments = positions // self.segment_tokens // self.group_size
-        return (segments * self.segment_tokens + positions % self.segment_tokens) // chunk_size
+from pipeline.memory.place import ShardPlace
 
 
 def rank_file(folder: Path, rank: int, suffix: str = "safetensors") -> Path:
@@ -148,12 +102,12 @@ def _join(parts: list[_Part], place: ShardPlace, *, num_chunks: int) -> dict[str
     oldest = max(0, end - place.num_tokens)
     if len(stored) and int(stored[0]) > oldest:
         raise ValueError(f"the stored memory goes back to token {int(stored[0])} of {end}, not to {oldest}")
-    positions = stored[place.holds(stored) & (stored >= oldest)]
-    following = torch.tensor(end + place.group_rank * place.segment_tokens)
+    positions = stored[place.turn.holds(stored) & (stored >= oldest)]
+    following = torch.tensor(end + place.turn.rank * place.turn.segment_tokens)
     state = {
-        "slots": place.chunks_before(positions, chunk_size=chunk_size) % num_chunks,
+        "slots": place.turn.slots(positions, chunk_size=chunk_size, num_chunks=num_chunks),
         "num_chunks": torch.tensor(num_chunks),
-        "next_slot": place.chunks_before(following, chunk_size=chunk_size) % num_chunks,
+        "next_slot": place.turn.slots(following, chunk_size=chunk_size, num_chunks=num_chunks),
         "positions": positions,
     }
     for part in parts:

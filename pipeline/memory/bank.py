@@ -17,24 +17,6 @@ EMPTY = -1  # position and document of a slot that holds nothing
 MIXED = -2  # document of a chunk whose tokens belong to several documents: invisible under scope `document`
 
 
-def ring_chunks(num_tokens: int, *, segment_tokens: int, chunk_size: int, group_size: int) -> int:
-    """Chunks that a rank's ring must hold for a group to remember so many tokens of a lane.
-
-    Args:
-        num_tokens: Tokens of a lane that the group remembers.
-        segment_tokens: `T`.
-        chunk_size: `c`.
-        group_size: Ranks of the memory group; each keeps every `group_size`-th segment.
-
-    Returns:
-        The rank's share, in whole segments where it is shared, and one segment more, which is appended before it is
-        read.
-    """
-    if group_size > 1:
-        num_tokens = -(-num_tokens // (segment_tokens * group_size)) * segment_tokens
-    return (num_tokens + segment_tokens) // chunk_size
-
-
 @dataclass(frozen=True)
 class BankShape:
     """How large a bank is.

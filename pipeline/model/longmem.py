@@ -18,8 +18,9 @@ from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding
 from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.distributed.launchers import local_size
-from pipeline.memory.bank import BankShape, MemoryBank, ring_chunks
+from pipeline.memory.bank import BankShape, MemoryBank
 from pipeline.memory.exchange import Exchange
+from pipeline.memory.place import ring_chunks
 from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.room import check_room
 from pipeline.memory.view import Geometry, ReadSettings

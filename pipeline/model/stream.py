@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.backbone.encoding import Encoding
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
+from pipeline.memory.place import Turn
 from pipeline.memory.reader import AgeObserver, MemoryRead
 from pipeline.model.longmem import LongMem
 from pipeline.sidenet.fusion import MemoryReader
@@ -70,6 +71,11 @@ class Stream:
         self.model, self.bank, self.exchange, self.phase = model, bank, exchange or Alone(), phase
         self.place = 0
         self._settings = model.read_settings if scope is None else replace(model.read_settings, scope=scope)
+
+    @property
+    def turn(self) -> Turn:
+        """Which segments of each lane this rank takes."""
+        return Turn(self.exchange.rank, self.exchange.size, self.model.settings.segment_tokens)
 
     def feed(self, tokens: Tensor, documents: Tensor, *, start: int | None = None) -> Seen:
         """Encodes the next segment of every row and remembers it.

@@ -14,7 +14,8 @@ from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.model import ModelSettings
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit
-from pipeline.memory.bank import BankShape, ring_chunks
+from pipeline.memory.bank import BankShape
+from pipeline.memory.place import ring_chunks
 from pipeline.model.longmem import DTYPES, layout_of
 from pipeline.planning.part import Part
 from pipeline.planning.read import read_parts

@@ -22,7 +22,6 @@ from pipeline.checkpoint.background import Background, wait_for_all
 from pipeline.checkpoint.folder import TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
-from pipeline.checkpoint.reshard import ShardPlace
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents
@@ -36,6 +35,7 @@ from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, RankGroup
+from pipeline.memory.place import ShardPlace
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem, build, layout_of
 from pipeline.model.stream import Stream
@@ -200,9 +200,7 @@ def _memory_owner(config: Config, stream: Stream, lanes: Lanes, bank: MemoryBank
     place = ShardPlace(
         lanes=lanes.lanes,
         num_lanes=config.data.lanes,
-        group_rank=stream.exchange.rank,
-        group_size=stream.exchange.size,
-        segment_tokens=config.train.segment_tokens,
+        turn=stream.turn,
         num_tokens=config.memory.tokens,
     )
     store = config.checkpoint.memory == "save"

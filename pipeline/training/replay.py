@@ -25,18 +25,18 @@ def replay(stream: Stream, lanes: Lanes) -> None:
         stream: Encodes the segments; what its bank held is forgotten.
         lanes: The lanes of the memory group; in the end they stand where they stood.
     """
-    settings, bank, group = stream.model.settings, stream.bank, stream.exchange
-    assert bank is not None and lanes.index % group.size == 0, "a step ends with the last rank's segment"
-    written = lanes.index // group.size  # segments of each lane that this rank has read so far
-    count = min(written, -(-settings.memory.tokens // (settings.segment_tokens * group.size)))
-    chunks = settings.segment_tokens // settings.memory.chunk_size
+    settings, bank, turn = stream.model.settings, stream.bank, stream.turn
+    assert bank is not None and lanes.index % turn.size == 0, "a step ends with the last rank's segment"
+    # Segments of each lane that this rank has read so far, and those of them that can still be seen.
+    count = min(lanes.index // turn.size, -(-settings.memory.tokens // (turn.segment_tokens * turn.size)))
     if rank() == 0:
-        num_tokens = count * settings.segment_tokens
-        logger.info("reading the last %d tokens of every lane again, to remember them", num_tokens)
-    bank.reset(next_slot=(written - count) * chunks % bank.shape.num_chunks)
-    lanes.skip(-count * group.size)
+        logger.info("reading the last %d tokens of every lane again, to remember them", count * turn.segment_tokens)
+    lanes.skip(-count * turn.size)
+    first = torch.tensor((lanes.index + turn.rank) * turn.segment_tokens)
+    shape = bank.shape
+    bank.reset(next_slot=int(turn.slots(first, chunk_size=shape.chunk_size, num_chunks=shape.num_chunks)))
     for _ in range(count):
-        segment = lanes.next_of_group(group.rank, group.size)
+        segment = lanes.next_of_group(turn.rank, turn.size)
         device = stream.model.device
         tokens, documents = (torch.from_numpy(array).to(device) for array in (segment.tokens, segment.documents))
         stream.feed(tokens, documents, start=segment.start)

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.manifest import DamageError
 from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
-from pipeline.checkpoint.reshard import ShardPlace, rank_file
+from pipeline.checkpoint.reshard import rank_file
 from pipeline.data.lanes import Lanes
 from pipeline.errors import CheckpointError, DataError
 from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.place import ShardPlace, Turn
 from tests import shards
 from tests.shards import place_of
 from tests.tiny_longmem import bank_bytes
@@ -35,7 +36,7 @@ def filled_bank(num_segments=4):
 
 
 def owner_of(bank, *, store=True, replay=None):
-    place = ShardPlace(lanes=(0, 1), num_lanes=2, group_rank=0, group_size=1, segment_tokens=4, num_tokens=6)
+    place = ShardPlace(lanes=(0, 1), num_lanes=2, turn=Turn(0, 1, 4), num_tokens=6)
     return MemoryOwner(bank, place, store=store, replay=replay or pytest.fail)
 
 
