@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import random
 import signal
@@ -25,21 +24,12 @@ from pipeline.checkpoint.manifest import MANIFEST, check_names_and_sizes, damage
 from pipeline.config.schema import Config
 from pipeline.files import write_text
 from pipeline.metrics.record import read_metrics
-from tests.ranks import free_port, rank_environment
+from tests.ranks import forks, free_port, rank_environment
 
 WORLD_SIZE = 2
 LIMIT_S = 60.0  # of one life; a job that needs longer hangs
 FINISH_S = 1800.0  # of the last one, which nobody ends
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
-# What a training imports; also what DeepSpeed and transformers import only when an engine starts.
-PRELOADED = [
-    "datasets",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "pipeline.training.loop",
-    "torch.utils.tensorboard",
-    "transformers.integrations",
-    "transformers.models.llama.modeling_llama",
-]
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
 _MODES = ("operation", "operation", "saving", "moment")
 
@@ -116,8 +106,7 @@ class Job:
     def __init__(self, config: Config, notes: Path) -> None:
         self.config, self.notes, self.run = config, notes, Path(config.run.output_dir)
         notes.mkdir(parents=True, exist_ok=True)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = forks()
 
     def finish(self) -> None:
         """Lets it train to the end.

@@ -19,8 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.fault_injection import PRELOADED
-from tests.ranks import free_port, rank_environment
+from tests.ranks import PRELOADED, free_port, rank_environment
 from tests.tiny_run import TinyRun
 
 _ROOT = Path(__file__).resolve().parents[1]
