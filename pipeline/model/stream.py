@@ -9,7 +9,7 @@ Shapes: `B` rows, `T` segment tokens, `E` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from pipeline.model.longmem import LongMem
 from pipeline.sidenet.fusion import MemoryReader
 
 Memory = Literal["own", "none"] | Tensor
-"""Whose memory rows read: each its own, none, or that of `lane_of_row`, int64 `[B]`, a permutation of the lanes."""
+"""Whose memory rows read: each its own, none, or that of a lane of the bank, int64 `[B]`; many may read one."""
+_NOBODYS = -3  # document of a query that nobody asks: no chunk has it
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -131,7 +132,8 @@ class Stream:
 
         Args:
             seen: The newest segment, remembered or not.
-            memory: Whose memory each row reads.
+            memory: Whose memory each row reads; the same on all ranks of a group. With lanes named, rows need not be
+                as many as lanes: suffixes, beams or readers of one text need no copy of its memory.
             observe_ages: As in `BankReader`.
 
         Returns:
@@ -168,32 +170,59 @@ class Stream:
     def _reader(self, seen: Seen, memory: Memory, observe_ages: AgeObserver | None) -> MemoryReader | None:
         if self.bank is None or memory == "none":
             return None
-        reader = self.model.reader(
+        if not isinstance(memory, Tensor):
+            return self._lanes_reader(seen, seen.documents, observe_ages)
+        num_lanes, parts = self.bank.shape.num_lanes, []
+        for rows in _rounds(memory.cpu(), num_lanes=num_lanes):
+            lanes = memory.cpu()[rows]
+            documents = seen.documents.new_full((num_lanes, seen.documents.shape[1]), _NOBODYS)
+            documents[lanes] = seen.documents[rows]
+            parts.append((rows, lanes, self._lanes_reader(seen, documents, observe_ages)))
+        return _OtherLanes(parts, num_lanes)
+
+    def _lanes_reader(self, seen: Seen, documents: Tensor, observe_ages: AgeObserver | None) -> MemoryReader:
+        assert self.bank is not None
+        return self.model.reader(
             self.bank,
             start=seen.start,
-            documents=seen.documents,
+            documents=documents,
             settings=self._settings,
             exchange=self.exchange,
             observe_ages=observe_ages,
             timed=lambda: self.phase("retrieve_and_read"),
         )
-        return _OtherLanes(reader, memory) if isinstance(memory, Tensor) else reader
+
+
+def _rounds(lane_of_row: Tensor, *, num_lanes: int) -> list[Tensor]:
+    """Rows by rounds, in each of which a lane is read by one row at most, int64 each."""
+    assert bool(((lane_of_row >= 0) & (lane_of_row < num_lanes)).all()), f"lanes are 0 to {num_lanes - 1}"
+    rows_of_lane = [(lane_of_row == lane).nonzero()[:, 0] for lane in range(num_lanes)]
+    most = max(map(len, rows_of_lane))
+    return [torch.cat([rows[number : number + 1] for rows in rows_of_lane]) for number in range(most)]
 
 
 class _OtherLanes:
-    """Lets each row read another row's memory: queries go to its lane and what they read comes back; nothing is copied.
+    """Lets each row read the memory of a lane: queries go to the lane and what they read comes back.
+
+    Nothing in the bank is copied. Lanes that nobody reads in a round get queries of zeros, whose answers are dropped.
 
     Args:
-        reader: Reads each row's own memory.
-        lane_of_row: A permutation of the lanes, int64 `[B]`.
+        parts: For each round its rows, their lanes, and a reader of all lanes.
+        num_lanes: Lanes of the bank.
     """
 
-    def __init__(self, reader: MemoryReader, lane_of_row: Tensor) -> None:
-        assert torch.equal(lane_of_row.sort().values.cpu(), torch.arange(len(lane_of_row))), "not a permutation"
-        self.reader, self.lane_of_row, self.row_of_lane = reader, lane_of_row, lane_of_row.argsort()
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor, MemoryReader]], num_lanes: int) -> None:
+        self.parts, self.num_lanes = parts, num_lanes
 
     def read(self, layer: int, query: Tensor) -> MemoryRead:
         """Reads one memory layer; `query` `[B, H, T, D]`."""
-        read = self.reader.read(layer, query[self.row_of_lane.to(query.device)])
-        lanes = self.lane_of_row.to(query.device)
-        return MemoryRead(read.values[lanes], read.log_sum_exp[lanes])
+        order, values, log_sum_exp = [], [], []
+        for rows, lanes, reader in self.parts:
+            rows, lanes = rows.to(query.device), lanes.to(query.device)
+            of_lanes = query.new_zeros(self.num_lanes, *query.shape[1:]).index_copy(0, lanes, query[rows])
+            read = reader.read(layer, of_lanes)
+            order.append(rows)
+            values.append(read.values[lanes])
+            log_sum_exp.append(read.log_sum_exp[lanes])
+        back = torch.cat(order).argsort()
+        return MemoryRead(torch.cat(values)[back], torch.cat(log_sum_exp)[back])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pipeline.model.stream import Stream
+from pipeline.model.stream import Memory, Stream
 from tests.tiny_longmem import TinyLongMem, bank_bytes, tiny_tokens
 from tests.tiny_models import tiny_model
 
@@ -95,20 +95,50 @@ def test_a_row_reads_the_memory_of_the_row_that_is_named(tiny, stream):
     assert not torch.allclose(borrowed, stream.losses(stream.look(segment(1), DOCUMENTS), TARGETS), atol=1e-3)
 
 
-def test_gradients_reach_the_sidenet_through_another_rows_memory(tiny, stream):
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["lane", "document"])
+def test_many_rows_read_one_memory_as_if_each_had_a_copy_of_it(scope):
+    tiny = TinyLongMem(tiny_model("llama"), lanes=2, sidenet=DEEP, memory={"scope": scope})
+    lane_of_row, tokens, targets = (
+        torch.tensor([1, 1, 0, 1, 1]),
+        tiny_tokens((5, SEGMENT), seed=2),
+        tiny_tokens((5, 16)),
+    )
+    past = torch.cat([torch.full((2, 9), 4), torch.full((2, 7), 6)], dim=1)  # two documents
+    now = torch.full((5, SEGMENT), 6)
+    shared = Stream(tiny.longmem, tiny.longmem.bank(2))
+    shared.feed(segment(0)[:2], past)
+    got = shared.losses(shared.look(tokens, now), targets, memory=lane_of_row)
+    copied = Stream(tiny.longmem, tiny.longmem.bank(5))
+    copied.feed(segment(0)[lane_of_row], past[lane_of_row])
+    expected = copied.losses(copied.look(tokens, now), targets)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(got, copied.losses(copied.look(tokens, now), targets, memory="none"), atol=1e-3)
+
+
+def test_gradients_through_a_memory_that_is_read_by_many(tiny):
+    def gradients(stream: Stream, memory: Memory) -> dict[str, torch.Tensor]:
+        tiny.longmem.sidenet.zero_grad()
+        stream.losses(stream.look(segment(1), DOCUMENTS), TARGETS, memory=memory).sum().backward()
+        named = tiny.longmem.sidenet.named_parameters()
+        return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+    one, three = (Stream(tiny.longmem, tiny.longmem.bank(count)) for count in (1, ROWS))
     with torch.no_grad():
-        stream.feed(segment(0), DOCUMENTS)
-    stream.losses(stream.look(segment(1), DOCUMENTS), TARGETS, memory=torch.tensor([1, 2, 0])).sum().backward()
-    gates = [parameter.grad for name, parameter in tiny.longmem.sidenet.named_parameters() if name.endswith("gate")]
-    tiny.longmem.sidenet.zero_grad()
-    assert len(gates) == 4 and all(gate is not None and bool(gate.any()) for gate in gates)
+        one.feed(segment(0)[:1], DOCUMENTS[:1])
+        three.feed(segment(0)[:1].expand(ROWS, -1), DOCUMENTS)
+    got, expected = gradients(one, torch.zeros(ROWS, dtype=torch.int64)), gradients(three, "own")
+    assert got.keys() == expected.keys() and sum(name.endswith("gate") for name in got) == 4
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-5, rtol=0)
 
 
-def test_what_is_no_permutation_of_the_lanes_is_refused(stream):
+@pytest.mark.parametrize("lanes", [[0, 1, ROWS], [-1, 0, 1]])
+def test_a_lane_that_is_not_there_is_refused(stream, lanes):
     with torch.no_grad():
         seen = stream.feed(segment(0), DOCUMENTS)
-    with pytest.raises(AssertionError, match="not a permutation"):
-        stream.losses(seen, TARGETS, memory=torch.tensor([0, 0, 1]))
+    with pytest.raises(AssertionError, match="lanes are 0 to 2"):
+        stream.losses(seen, TARGETS, memory=torch.tensor(lanes))
 
 
 @torch.no_grad()
