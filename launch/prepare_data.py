@@ -118,6 +118,8 @@ class _AddHashes(argparse.Action):
 
         try:
             info = add_hashes(_path(store))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{option}: {error}")
         except (LongMemError, OSError) as error:
             parser.exit(1, f"error: {error}\n")
         parser.exit(0, f"hashes of {', '.join(info.splits)} were added to {store}\n")

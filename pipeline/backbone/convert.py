@@ -191,9 +191,11 @@ def _read_facts(gguf_file: Path) -> _GgufFacts:
 
     try:
         reader = GGUFReader(gguf_file)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its reader believes what a damaged header says
         raise BackboneError(
-            f"{gguf_file} cannot be read as GGUF", got=error, do="give a .gguf file of version 2 or 3"
+            f"{gguf_file} cannot be read as GGUF",
+            got=f"{type(error).__name__}: {error}",
+            do="give a .gguf file of version 2 or 3",
         ) from error
 
     def value(key: str) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import BackboneError
@@ -37,42 +40,73 @@ def read_backbone_config(path: str) -> Any:
     if is_file or (is_a_path(path) and not Path(path).is_dir()):
         raise _no_backbone(path, "which is a file" if is_file else f"which does not exist in {Path.cwd()}")
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise _no_backbone(path, _first_line(error)) from error
+        config = AutoConfig.from_pretrained(path)
+        text = config.get_text_config()
+        counts = {name: getattr(text, name) for name in ("num_hidden_layers", "vocab_size")}
+        ill = {name: count for name, count in counts.items() if count < 1}
+    except Exception as error:  # foreign code on a foreign file raises whatever it comes upon
+        raise _no_backbone(path, in_a_line(error)) from error
+    numbers = {name: value for name, value in text.to_dict().items() if isinstance(value, float)}
+    ill |= {name: value for name, value in numbers.items() if not math.isfinite(value)}
+    if ill:
+        raise _no_backbone(path, "; ".join(f"{name} is {value}" for name, value in ill.items()))
+    return config
 
 
 def check_weights(path: str, config: Any) -> None:
     """Compares the weights in a folder, by name and shape, with those that its configuration asks for; loads none.
 
-    While parameters are split over ranks `transformers` says nothing of weights that it does not use. Weights of a hub,
-    and in other files than safetensors, are left to `load_backbone`.
+    While parameters are split over ranks `transformers` says nothing of weights that it does not use. Weights of a hub
+    are left to `load_backbone`.
 
     Args:
         path: Folder or hub name.
         config: What `read_backbone_config` returned.
 
     Raises:
-        BackboneError: One has another shape, or belongs to a layer that the configuration does not ask for.
+        BackboneError: One has another shape or kind, or belongs to a layer that the configuration does not ask for; or
+            the configuration asks for something that cannot be made.
     """
-    stored = _stored_shapes(Path(path))
+    stored = _stored(path)
     if not stored:
         return
-    with torch.device("meta"):
-        wanted = {
-            name: list(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
-    layers = next(found[1] for name in wanted if (found := _IN_LAYER.match(name)))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        wanted = model.state_dict()
+        layers = next(found[1] for name in wanted if (found := _IN_LAYER.match(name)))
+    except Exception as error:  # as above
+        raise _no_backbone(path, in_a_line(error)) from error
     _refuse_unused(path, [name for name in stored if _is_unused(name, layers, wanted)])
-    mismatched = [name for name, shape in wanted.items() if stored.get(name, shape) != shape]
-    if mismatched:
-        first = mismatched[0]
-        raise BackboneError(
-            "the backbone's files hold weights of other shapes than its config.json asks for",
-            got=f"backbone.path {path!r}: {first} {stored[first]} ({len(mismatched)} weights in all)",
-            expected=f"{wanted[first]}",
-            do="put back the config.json that belongs to the weights, or " + _CHECK,
+    for name, tensor in wanted.items():
+        part = stored.get(name)
+        if part is not None and part.shape != list(tensor.shape):
+            raise _other_weights(path, f"{name} has the shape {part.shape}", f"{list(tensor.shape)}")
+        if part is not None and tensor.is_floating_point() and not part.is_floating:
+            raise _other_weights(path, f"{name} holds whole numbers", "floating-point numbers")
+    _check_tie(path, model, stored)
+
+
+def _check_tie(path: str, model: PreTrainedModel, stored: Mapping[str, _Stored]) -> None:
+    """A configuration that ties the LM head to the embedding would have a head of its own dropped."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings or head is None:
+        return
+    names = [name for name, module in model.named_modules() if module is head or module is embedding]
+    found = [stored[f"{name}.weight"] for name in names if f"{name}.weight" in stored]
+    if len(found) == 2 and not torch.equal(*(part.read() for part in found)):
+        raise _other_weights(
+            path, "the LM head is not the embedding", "the same numbers, as config.json says tie_word_embeddings"
         )
+
+
+def _other_weights(path: str, got: str, expected: str) -> BackboneError:
+    return BackboneError(
+        "the backbone's files hold other weights than its config.json asks for",
+        got=f"backbone.path {path!r}: {got}",
+        expected=expected,
+        do="put back the config.json that belongs to the weights, or " + _CHECK,
+    )
 
 
 def _is_unused(name: str, layers: str, wanted: Collection[str]) -> bool:
@@ -92,14 +126,72 @@ def _is_unused(name: str, layers: str, wanted: Collection[str]) -> bool:
     return layers + name[found.end(1) :] not in wanted
 
 
-def _stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of the weights in safetensors files, from their headers; a damaged file is found when it is loaded."""
-    shapes = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                shapes[name] = tensors.get_slice(name).get_shape()
-    return shapes
+@dataclass(frozen=True)
+class _Stored:
+    """A weight as a file has it; `read` reads it."""
+
+    shape: list[int]
+    is_floating: bool
+    read: Callable[[], Tensor]
+
+
+def _stored(path: str) -> dict[str, _Stored]:
+    """All weights of a folder by name, from what stands before the numbers."""
+    found = {}
+    for file in _weight_files(path):
+        try:
+            found.update(_safetensors(file) if file.suffix == ".safetensors" else _pickled(file))
+        except Exception as error:  # a file of somebody else may hold anything
+            raise _unreadable(f"{path!r} ({file.name}: {in_a_line(error)})") from error
+    return found
+
+
+def _safetensors(file: Path) -> dict[str, _Stored]:
+    def reader(name: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+
+        return read
+
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
+        return {
+            name: _Stored(part.get_shape(), part.get_dtype().startswith(("F", "BF")), reader(name))
+            for name, part in slices.items()
+        }
+
+
+def _pickled(file: Path) -> dict[str, _Stored]:
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {
+        name: _Stored(list(tensor.shape), tensor.is_floating_point(), tensor.clone) for name, tensor in tensors.items()
+    }
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The files that `transformers` reads, in the order in which it looks for them; none of a hub name."""
+    folder = Path(path)
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                foreign = [name for name in names if Path(name).name != name]
+            except Exception as error:  # as above
+                raise _unreadable(f"{path!r} ({index.name}: {in_a_line(error)})") from error
+            missing = [name for name in names if not (folder / name).is_file()]
+            if foreign or missing:
+                what = f"names {foreign[0]!r} outside the folder" if foreign else f"names {missing[0]!r}, not there"
+                raise _unreadable(f"{path!r} ({index.name} {what})")
+            return [folder / name for name in names]
+    return []
+
+
+def _unreadable(got: str) -> BackboneError:
+    return BackboneError("the backbone's weights cannot be loaded", got=f"backbone.path {got}", do=_CHECK)
 
 
 def load_backbone(path: str, *, dtype: torch.dtype, attention: str, who: str = "") -> PreTrainedModel:
@@ -127,12 +219,8 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, who: str = "
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(
-            "the backbone's weights cannot be loaded",
-            got=f"backbone.path {path!r}{who} ({_first_line(error)})",
-            do=_CHECK,
-        ) from error
+    except Exception as error:  # as above
+        raise _unreadable(f"{path!r}{who} ({in_a_line(error)})") from error
     _check_names(path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
     return model
 
@@ -167,5 +255,7 @@ def _refuse_unused(path: str, unused: Collection[str]) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, as a message has room for it."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:300]}"

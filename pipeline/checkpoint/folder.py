@@ -257,7 +257,7 @@ class Checkpoints:
                 f"the checkpoint {checkpoint} belongs to another run",
                 got="; ".join(f"{name} {shown(found)}" for name, (found, _) in other.items()),
                 expected="; ".join(f"{name} {wanted!r}" for name, (_, wanted) in other.items()),
-                do="start with the settings and the backbone that it was saved with",
+                do="start with the settings, the data and the backbone that it was saved with",
             )
         check_names_and_sizes(checkpoint, manifest.files)
         return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,6 +18,14 @@ def _nameable(text: str) -> str:
     return text
 
 
+def _in_home(text: str) -> str:
+    """`~` and `~name` at the start stand for a home folder, as in a shell."""
+    path = os.path.expanduser(text)
+    if path.startswith("~") or not path.strip() or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise ValueError("no file has such a name, or there is no such home folder")
+    return path
+
+
 # Generous, and safe: everything that is worked out of numbers within these ranges fits the types of torch and numpy.
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -24,6 +33,11 @@ StepsOrZero = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 TokensOrZero = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_nameable)]
+Folder = Annotated[
+    Text,
+    AfterValidator(_in_home),
+    Field(json_schema_extra={"kind": "text: a path, each part at most 255 bytes; `~` is the home folder"}),
+]
 Factor = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -16,6 +16,7 @@ from pipeline.config.kinds import (
     Beta,
     Count,
     Factor,
+    Folder,
     Fraction,
     Precision,
     Section,
@@ -33,7 +34,7 @@ from pipeline.errors import ConfigError
 class RunConfig(Section):
     """The run as a whole: where it writes, how it starts."""
 
-    output_dir: Text
+    output_dir: Folder
     """Folder of this run: checkpoints, metrics, logs, the resolved configuration."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of everything drawn at random: which lane a document is dealt to, and the order in each lane."""
@@ -50,7 +51,7 @@ class RunConfig(Section):
 class BackboneConfig(Section):
     """The frozen language model."""
 
-    path: Text
+    path: Folder
     """Hugging Face folder or hub name of the pre-trained model."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention of the frozen layers: PyTorch's fused one or plain matrix products."""
@@ -61,7 +62,7 @@ class BackboneConfig(Section):
 class DataConfig(Section):
     """The training stream."""
 
-    path: Text
+    path: Folder
     """Folder made by `launch/prepare_data.py`, with `train/` and optionally `validation/`."""
     verify: Literal["full", "size"] = "full"
     """What is checked of the store when a run starts: `full` reads all of it and compares hashes, while the backbone

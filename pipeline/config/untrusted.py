@@ -69,10 +69,10 @@ def read_small(path: Path, *, limit: int = SMALL_BYTES, may_be_pipe: bool = Fals
         ValueError: It is larger, or not UTF-8.
     """
     # Opening a pipe would wait for somebody who writes into it.
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with open(os.open(path, os.O_RDONLY | (0 if may_be_pipe else os.O_NONBLOCK)), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode) and not may_be_pipe:
             raise OSError(errno.EINVAL, "Not a plain file", str(path))
         content = file.read(limit + 1)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipeline.errors import DataError
 
 _BLOCK_BYTES = 1 << 22
 _WRITTEN_ANEW = "put the store back as it was, or prepare the data again with launch/prepare_data.py"
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,15 @@ class FileHash:
         sha256: 64 hexadecimal digits.
     """
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
 
     @classmethod
     def of(cls, path: Path, *, progress: Callable[[int], object] = lambda _: None) -> FileHash:
         """Reads a file; `progress` is told the bytes of each block."""
         found, size = hashlib.sha256(), 0
+        if not path.is_file():  # opening a pipe would wait for somebody who writes into it
+            raise OSError(errno.EINVAL, "Not a plain file", str(path))
         with path.open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 found.update(block)

@@ -167,6 +167,8 @@ def _read_parquet(path: Path, *, drop_nul: bool) -> Iterator[Document]:
 def _check_column(name: str, schema: pa.Schema) -> None:
     if TEXT_FIELD not in schema.names:
         raise DataError(f"a parquet input has no column {TEXT_FIELD!r}", got=f"{name}, columns {schema.names}")
+    if schema.names.count(TEXT_FIELD) > 1:
+        raise DataError(f"a parquet input has several columns {TEXT_FIELD!r}", got=f"{name}, columns {schema.names}")
     kind = schema.field(TEXT_FIELD).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"the column {TEXT_FIELD!r} of a parquet input does not hold strings", got=f"{name}, {kind}")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def replaceable(output: Path) -> Inventory:
         PermissionError: It may not be replaced.
     """
     try:
-        splits = set(json.loads((output / INFO_FILE).read_text(encoding="utf-8"))["splits"].keys())
+        whole = json.loads((output / INFO_FILE).read_text(encoding="utf-8"))
+        int(whole["format_version"])
+        splits = {name: set(split.get("files", ())) for name, split in whole["splits"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise no_store(output, f"a folder whose {INFO_FILE} is not that of a store") from error
     files = inventory(output)
@@ -73,9 +76,12 @@ def inventory(folder: Path) -> Inventory:
     return found
 
 
-def _is_ours(name: str, splits: set[str]) -> bool:
+def _is_ours(name: str, splits: Mapping[str, set[str]]) -> bool:
+    """Whether a file is one of a store's; `splits`: the files of each split, none where the store does not say."""
     split, _, file = name.rpartition("/")
-    return split in splits and any(fnmatch(file, kind) for kind in _SPLIT_FILES)
+    if split not in splits:
+        return False
+    return file in (splits[split] or {file}) and any(fnmatch(file, kind) for kind in _SPLIT_FILES)
 
 
 def _is_mount_point(folder: Path) -> bool:

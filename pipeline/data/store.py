@@ -7,16 +7,20 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.data.hashes import FileHash, check_hashes, check_sizes, hash_folder, hash_tokens
+from pipeline.config.untrusted import parse_json, read_small, shown, what_is_wrong
+from pipeline.data.hashes import FileHash, Sha256, check_hashes, check_sizes, hash_folder, hash_tokens
+from pipeline.data.text import home
 from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer, tokenizer_identity
 from pipeline.errors import DataError
 
@@ -29,6 +33,8 @@ __all__ += ["STORE_FEATURES", "list_lengths", "tokenizer_identity", "write_store
 FORMAT_VERSION = 1
 STORE_FEATURES = datasets.Features(tokens=datasets.List(datasets.Value("int32")), source=datasets.Value("string"))
 _INFO_FILE = "store.json"
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
 _PREPARE = "make one with launch/prepare_data.py"
 
 
@@ -46,13 +52,13 @@ class SplitInfo:
         files: What each file was when it was written, by name; empty likewise.
     """
 
-    num_documents: int
-    num_tokens: int
-    min_document_tokens: int
-    max_document_tokens: int
-    length_histogram: dict[str, int]
-    tokens_sha256: str | None = None
-    files: dict[str, FileHash] = field(default_factory=dict)
+    num_documents: Count
+    num_tokens: Count
+    min_document_tokens: Count
+    max_document_tokens: Count
+    length_histogram: dict[str, Count]
+    tokens_sha256: Sha256 | None = None
+    files: dict[FileName, FileHash] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class TokenStore:
         Raises:
             DataError: The folder, its store.json or the split is missing, empty, damaged or of another version.
         """
-        path = Path(path).expanduser()
+        path = home(path)
         info = _read_info(path)
         if split not in info.splits:
             raise DataError(
@@ -124,12 +130,19 @@ class TokenStore:
         if info.splits[split].num_documents == 0:
             raise DataError("the token store is empty", got=str(path / split), do=_PREPARE)
         try:
+            odd = [entry.name for entry in (path / split).iterdir() if not entry.is_file()]
+            if odd:
+                raise ValueError(f"{odd[0]} is no plain file")
             table = datasets.load_from_disk(str(path / split), keep_in_memory=False).data
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            if table.schema.field("tokens").type.value_type != pa.int32():
+                raise ValueError(f"tokens are {table.schema.field('tokens').type}, not lists of int32")
+            tokens, sources = table.column("tokens"), table.column("source")
+        except Exception as error:  # `datasets` raises whatever a foreign file leads it to
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(
-                "the token store is damaged: a split cannot be read", got=f"{path / split} ({error})", do=_PREPARE
+                "the token store is damaged: a split cannot be read", got=f"{path / split} ({words})", do=_PREPARE
             ) from error
-        store = cls(path, split, info=info, column=table.column("tokens"), sources=table.column("source"))
+        store = cls(path, split, info=info, column=tokens, sources=sources)
         store._check_counts()
         check_sizes(path / split, info.splits[split].files)
         return store
@@ -161,7 +174,7 @@ class TokenStore:
                 "the token store holds a token that is not in the vocabulary",
                 got=f"{tokens[foreign[0]]} in {self.path / self.split}, document {document} ({self.source(document)}), "
                 f"token {start + foreign[0]}",
-                expected=f"0 to {self._num_ids - 1}, as its tokenizer {self.info.tokenizer.name!r} has",
+                expected=f"0 to {self._num_ids - 1}, as tokenizer ({self.info.tokenizer.name!r}) and backbone have",
                 do=_PREPARE,
             )
         return tokens
@@ -185,10 +198,19 @@ class TokenStore:
                 do="put the store back as it was and start again, or start a new run.output_dir with the new one",
             )
 
+    def limit_vocabulary(self, num_ids: int) -> None:
+        """Have tokens refused that a model has no embedding of: a tokenizer may know more than it."""
+        self._num_ids = min(self._num_ids, num_ids)
+
     @property
-    def identity(self) -> str | None:
-        """Says which tokens the documents have: equal stores of the same split have the same. None: made without."""
-        return self.info.splits[self.split].tokens_sha256
+    def has_hashes(self) -> bool:
+        """Whether the store was made with hashes."""
+        return self.info.splits[self.split].tokens_sha256 is not None
+
+    @cached_property
+    def identity(self) -> str:
+        """Says which tokens the documents have: equal stores of the same split have the same. Reads an old store."""
+        return self.info.splits[self.split].tokens_sha256 or hash_tokens(self._column)
 
     @property
     def num_bytes(self) -> int:
@@ -263,9 +285,9 @@ def add_hashes(folder: str | Path) -> StoreInfo:
     Raises:
         DataError: It is no store, is damaged, or has hashes, which are not replaced.
     """
-    folder = Path(folder).expanduser()
+    folder = home(folder)
     info = _read_info(folder)
-    if any(counts.files for counts in info.splits.values()):
+    if not info.splits or any(counts.files for counts in info.splits.values()):
         raise DataError("the token store has hashes already", got=folder, do="prepare the data again if it was altered")
     for split in info.splits:
         TokenStore.open(folder, split)  # its counts are checked
@@ -322,20 +344,45 @@ def _read_info(path: Path) -> StoreInfo:
     if not is_store(path):
         raise DataError("the folder is not a token store: it has no store.json", got=f"data.path {path}", do=_PREPARE)
     try:
-        whole = json.loads((path / _INFO_FILE).read_text(encoding="utf-8"))
+        whole = parse_json(read_small(path / _INFO_FILE))
         version = whole["format_version"]
-        if version == FORMAT_VERSION:
-            splits = {split: _split_info(**counts) for split, counts in whole["splits"].items()}
-            return StoreInfo(version, TokenizerInfo(**whole["tokenizer"]), splits)
+        if version is FORMAT_VERSION or (version == FORMAT_VERSION and type(version) is int):
+            info = _INFO.validate_json(json.dumps(whole), strict=True)
+            _check_hashed(path, info)
+            return info
+    except ValidationError as error:
+        raise _damaged(path, what_is_wrong(error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            "the token store is damaged: store.json cannot be read", got=f"{path / _INFO_FILE} ({error})", do=_PREPARE
-        ) from error
-    raise DataError("the token store has another format version", got=version, expected=FORMAT_VERSION, do=_PREPARE)
+        raise _damaged(path, str(error)) from error
+    raise DataError(
+        "the token store has another format version", got=shown(version), expected=FORMAT_VERSION, do=_PREPARE
+    )
 
 
-def _split_info(*, files: Mapping[str, Mapping[str, Any]] | None = None, **counts: Any) -> SplitInfo:
-    return SplitInfo(**counts, files={name: FileHash(**file) for name, file in (files or {}).items()})
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(
+        "the token store is damaged: store.json cannot be read", got=f"{path / _INFO_FILE} ({why})", do=_PREPARE
+    )
+
+
+def _check_hashed(path: Path, info: StoreInfo) -> None:
+    """All splits have hashes of all their files, or none has any."""
+    bare = [name for name, split in info.splits.items() if not split.files and split.tokens_sha256 is None]
+    if len(bare) == len(info.splits):
+        return
+    for name, split in info.splits.items():
+        there = {entry.name for entry in (path / name).iterdir()} if (path / name).is_dir() else set(split.files)
+        unknown = sorted(there - split.files.keys() - {entry for entry in there if entry.startswith("cache-")})
+        if split.tokens_sha256 is None or unknown:
+            what = f"without a hash of {unknown[0]!r}" if unknown else "without tokens_sha256"
+            raise DataError(
+                "the token store is damaged: it has hashes of some of its parts only",
+                got=f"{path / name} {what}",
+                do=_PREPARE,
+            )
+
+
+_INFO = TypeAdapter(StoreInfo)
 
 
 def list_lengths(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:

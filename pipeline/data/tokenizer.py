@@ -7,7 +7,9 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from pipeline.data.text import home, readable
 from pipeline.errors import DataError
@@ -34,9 +36,9 @@ class TokenizerInfo:
         vocab_size: Number of ids, added tokens included.
     """
 
-    identity: str
+    identity: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     name: str
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

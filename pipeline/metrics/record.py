@@ -7,6 +7,7 @@ not finite is null in JSON, which has no word for it.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -179,6 +180,8 @@ def _finite_or_null(value: Value) -> Value:
 
 def _read(path: Path) -> str:
     try:
+        if not path.is_file():  # opening a pipe would wait for somebody who writes into it
+            raise OSError(errno.EINVAL, "Not a plain file", str(path))
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from pipeline.backbone.backbone import Backbone
+from pipeline.backbone.load import in_a_line
 from pipeline.errors import BackboneError
 
 KNOWN_SHAPES: Mapping[str, Callable[[], Any]] = MappingProxyType(
@@ -105,14 +106,16 @@ def read_shape(path: str) -> BackboneShape:
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return shape_of(config.get_text_config())
+    except BackboneError:
+        raise
+    except Exception as error:  # foreign code on a foreign file
         raise BackboneError(
             "the backbone's configuration cannot be read",
-            got=f"backbone.path {path!r} ({(str(error) or repr(error)).splitlines()[0]})",
+            got=f"backbone.path {path!r} ({in_a_line(error)})",
             expected="a Hugging Face config.json, the folder that holds it, or a hub name",
             do=f"set backbone.path, or name a known size: --shape {', '.join(KNOWN_SHAPES)}",
         ) from error
-    return shape_of(config.get_text_config())
 
 
 def shape_of(config: Any) -> BackboneShape:

@@ -244,7 +244,7 @@ def check_inputs(config: Config) -> Stores:
         LongMemError: Something does not fit.
     """
     train = TokenStore.open(config.data.path, "train")
-    if train.identity is None:
+    if not train.has_hashes:
         logger.warning(
             "%s was made without hashes: changes are not noticed; do: launch/prepare_data.py --add-hashes %s",
             *(config.data.path, config.data.path),
@@ -254,6 +254,9 @@ def check_inputs(config: Config) -> Stores:
     whole_config = read_backbone_config(config.backbone.path)
     backbone_config = whole_config.get_text_config()
     family_of(backbone_config)
+    for store in (train, validation):
+        if store is not None:
+            store.limit_vocabulary(int(backbone_config.vocab_size))
     layout_of(config.sidenet, backbone_config.num_hidden_layers)
     check_weights(config.backbone.path, whole_config)
     check_tokenizer(train, load_tokenizer(config.backbone.path))
@@ -299,7 +302,7 @@ def _validation(config: Config, train: TokenStore) -> TokenStore | None:
     return store
 
 
-def _identity(config: Config, model: LongMem, backbone: str, token_store: str | None) -> dict[str, Any]:
+def _identity(config: Config, model: LongMem, backbone: str, token_store: str) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that loads it."""
     layout = model.sidenet.layout
     return {

@@ -154,7 +154,9 @@ class Trainer:
         error = TrainingError(
             f"the loss of step {number} is not finite; the optimizer has not stepped",
             got=f"{mine} on this rank; not finite on rank(s) {ill}; lanes read up to token {self.lane_tokens}",
-            do="resume from the last checkpoint with a lower train.learning_rate, or in bf16 or fp32 instead of fp16",
+            do="nothing was trained yet: see whether the backbone in backbone.path works in train.precision"
+            if number == 1
+            else "resume from the last checkpoint with a lower train.learning_rate, or in bf16 or fp32 instead of fp16",
         )
         error.on_all_ranks = True
         raise error

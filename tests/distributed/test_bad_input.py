@@ -214,7 +214,7 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
         ),
         "wider backbone": (
             {"backbone": {"path": str(wider)}},
-            r"of other shapes than .* model.embed_tokens.weight \[300, 32\] .*expected: \[300, 64\]; do: put back",
+            r"other weights than .* model.embed_tokens.weight has the shape \[300, 32\]; expected: \[300, 64\]; do",
         ),
         "not a number": (
             {"backbone": {"path": str(ill)}},
@@ -258,7 +258,7 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
         ),
         "other data of a store without hashes": (
             {"run": {"resume": checkpoint}, "data": {"path": unhashed}},
-            r"state of the lanes comes from other data or settings",
+            r"belongs to another run; got: token store '\w{64}'; expected: token store '\w{64}'; do: start with",
         ),
         "altered data": (
             {"data": {"path": altered}},

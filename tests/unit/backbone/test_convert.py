@@ -204,8 +204,11 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign.gguf"
+    foreign, cut = tmp_path / "foreign.gguf", tmp_path / "cut.gguf"
     foreign.write_bytes(b"not a gguf file at all, whatever its name says")
+    cut.write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 7 + b"\x7f" + b"\xff" * 7 + b"\x7f")  # counts of what is not there
+    with pytest.raises(BackboneError, match="cannot be read as GGUF"):
+        convert_gguf(cut, tmp_path / "output")
     with pytest.raises(BackboneError, match="cannot be read as GGUF"):
         convert_gguf(foreign, tmp_path / "out")
     mamba = write_gguf(tmp_path / "mamba.gguf", tiny_model(), architecture="mamba")

@@ -49,6 +49,10 @@ Make = Callable[..., Config]
         ("--train.stop_after_steps=0", "train.stop_after_steps is not valid; got: 0; expected: whole number >= 1 and "
          "<= 1,000,000,000 or null"),
         ("--run.output_dir=a\0b", "run.output_dir is not valid; got: 'a\\x00b'; expected: text"),
+        (f"--run.output_dir=runs/{'x' * 256}", "run.output_dir is not valid; got: 'runs/xxx"),
+        ("--run.output_dir=~nobody-of-this-name/x", "run.output_dir is not valid; got: '~nobody-of-this-name/x'; "
+         "expected: text: a path, each part at most 255 bytes; `~` is the home folder"),
+        ("--run.output_dir= ", "run.output_dir is not valid; got: ' '; expected: text: a path"),
         ("--run.seed=18446744073709551616", "run.seed is not valid; got: 18446744073709551616; expected: whole number "
          ">= 0 and < 9,223,372,036,854,775,808"),
         (f"--run.seed=0x{'f' * 5000}", "run.seed is not valid; got: a whole number of about 6,021 digits; expected: "),
@@ -197,3 +201,10 @@ def test_every_seed_in_range_seeds_every_generator(make: Make, seed: int) -> Non
     np.random.seed(accepted % 2**32)
     np.random.default_rng([accepted, 0, 0, 0])
     torch.manual_seed(accepted)
+
+
+def test_a_tilde_is_the_home_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = make("--run.output_dir=~/runs/x", "--data.path=~/data", "--backbone.path=owner/model")
+    assert (config.run.output_dir, config.data.path) == ("/home/me/runs/x", "/home/me/data")
+    assert config.backbone.path == "owner/model"

@@ -100,6 +100,9 @@ def test_bad_parquet_is_an_error(tmp_path):
     pq.write_table(pa.table({"content": ["a"]}), path)
     with pytest.raises(DataError, match=r"no column 'text'; got: .*a\.parquet, columns \['content'\]"):
         read(path)
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"several columns 'text'; got: .*a\.parquet"):
+        read(path)
     pq.write_table(pa.table({"text": [1, 2]}), path)
     with pytest.raises(DataError, match=r"does not hold strings; got: .*a\.parquet, int64"):
         read(path)

@@ -244,7 +244,16 @@ def test_overwrite_refuses_a_store_with_foreign_files(tmp_path, foreign):
         agree(output, overwrite=True)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"splits": 3}', '{"items": []}'])
+def test_overwrite_refuses_a_file_that_is_named_like_a_part_and_is_none(tmp_path):
+    output = tmp_path / "store"
+    make_store(output)
+    split = {"files": {"state.json": {"size": 1, "sha256": "0" * 64}}}
+    (output / "store.json").write_text(json.dumps({"format_version": 1, "splits": {"train": split}}))
+    with pytest.raises(DataError, match=r"has foreign files in it.*train/data-\S+arrow"):
+        agree(output, overwrite=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"splits": 3}', '{"items": []}', '{"splits": {}}'])
 def test_overwrite_refuses_a_folder_with_another_store_json(tmp_path, text):
     (tmp_path / "store.json").write_text(text)
     with pytest.raises(DataError, match="not a token store; got: .*whose store.json is not that of a store"):

@@ -192,11 +192,97 @@ def test_a_store_of_before_gets_hashes_afterwards(folder):
     with_hashes = json.loads((folder / "store.json").read_text())
     change_info(folder, without_hashes)
     store = TokenStore.open(folder)
-    assert store.identity is None and store.num_bytes == 0
+    assert not store.has_hashes and store.num_bytes == 0
+    assert store.identity == with_hashes["splits"]["train"]["tokens_sha256"]  # worked out
     store.verify()
     add_hashes(folder)
     assert json.loads((folder / "store.json").read_text()) == with_hashes
     assert sorted(path.name for path in folder.iterdir()) == ["store.json", "train", "validation"]
+
+
+def put(*path, value):
+    """Changes one place of store.json."""
+
+    def change(whole):
+        for name in path[:-1]:
+            whole = whole[name]
+        if value is None:
+            del whole[path[-1]]
+        else:
+            whole[path[-1]] = value
+
+    return change
+
+
+ARROW = "data-00000-of-00001.arrow"
+TRAIN = ("splits", "train")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put(*TRAIN, "files", value={}),
+        put(*TRAIN, "files", value=None),
+        put("splits", "validation", "files", value=None),
+        put("splits", "validation", "tokens_sha256", value=None),
+        put(*TRAIN, "files", ARROW, value=None),
+        put(*TRAIN, "files", "../../x", value={"size": 1, "sha256": "0" * 64}),
+        put(*TRAIN, "files", "a\0b", value={"size": 1, "sha256": "0" * 64}),
+        put(*TRAIN, "files", ARROW, "size", value="9"),
+        put(*TRAIN, "files", ARROW, "sha256", value=5),
+        put(*TRAIN, "tokens_sha256", value=5),
+        put(*TRAIN, "num_documents", value=5.0),
+        put(*TRAIN, "num_documents", value="5"),
+        put(*TRAIN, "length_histogram", value=[]),
+        put("tokenizer", "vocab_size", value="300"),
+        put("tokenizer", "vocab_size", value=10**30),
+        put("tokenizer", "identity", value=5),
+        put("tokenizer", value=None),
+        put("splits", value=[]),
+    ],
+)
+def test_a_store_json_of_other_types_or_with_some_hashes_only_is_damaged(folder, change):
+    change_info(folder, change)
+    with pytest.raises(DataError, match=r"the token store is damaged: .*; got: .*(train|validation|store.json).*; do:"):
+        TokenStore.open(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "\xff", "[]", "5", '{"format_version": true}'])
+def test_a_store_json_of_garbage_is_refused(folder, text):
+    (folder / "store.json").write_text(text, encoding="latin1")
+    with pytest.raises(DataError, match="the token store (is damaged|has another format version)"):
+        TokenStore.open(folder)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize("text", ["[]", "{}", "5"])
+def test_files_of_a_split_that_hold_something_else_are_refused(folder, name, text):
+    (folder / "train" / name).write_text(text)
+    with pytest.raises(DataError, match=r"the token store is damaged(:|, or was altered)"):
+        TokenStore.open(folder)
+
+
+def test_nobody_waits_for_a_pipe_in_a_store(folder):
+    (folder / "train" / ARROW).unlink()
+    os.mkfifo(folder / "train" / ARROW)
+    with pytest.raises(DataError, match=f"a split cannot be read; got: .*{ARROW} is no plain file"):
+        TokenStore.open(folder)
+
+
+def test_tokens_of_another_type_are_refused(tmp_path):
+    features = datasets.Features(tokens=datasets.List(datasets.Value("int64")), source=datasets.Value("string"))
+    wide = datasets.Dataset.from_dict({"tokens": DOCUMENTS, "source": ["a"] * 5}, features=features)
+    write_store(tmp_path, {"train": wide}, tokenizer=TOKENIZER)
+    with pytest.raises(DataError, match="a split cannot be read; got: .*not lists of int32"):
+        TokenStore.open(tmp_path)
+
+
+def test_a_token_that_a_model_has_no_embedding_of_is_named(folder):
+    store = TokenStore.open(folder)
+    store.limit_vocabulary(299)
+    assert store.tokens(3).tolist() == [9, 8, 7, 6, 5]
+    with pytest.raises(DataError, match=r"not in the vocabulary; got: 299 in .*document 4 .*expected: 0 to 298"):
+        store.tokens(4)
 
 
 def test_hashes_are_not_replaced_nor_given_to_a_damaged_store(folder):

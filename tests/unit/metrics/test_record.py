@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,9 @@ def test_a_damaged_record_is_said(tmp_path: Path, content: bytes) -> None:
         ):
             read()
     assert (tmp_path / METRICS_NAME).read_bytes() == content
+
+
+def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / METRICS_NAME)
+    with pytest.raises(DataError, match="metrics.jsonl cannot be read; got: .*Not a plain file"):
+        read_metrics(tmp_path)
