@@ -25,6 +25,8 @@ STEPS = 30
 LIMIT_S = 240
 HOSTS = ("127.0.0.1", "127.0.0.2")  # both are this machine
 MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+# Which kernels a processor uses, and so how it rounds.
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -196,7 +198,9 @@ def answers(host: str, port: int) -> bool:
 @pytest.mark.skipif(not shutil.which(pwd.getpwuid(os.geteuid()).pw_shell), reason="this user cannot log in")
 def test_two_nodes_by_ssh(tiny_run: TinyRun, tmp_path: Path, expected: list[float], ssh_options: str) -> None:
     # ssh takes no environment along; DeepSpeed takes what stands in this file.
-    (tmp_path / "environment").write_text("HF_HUB_OFFLINE=1\nTOKENIZERS_PARALLELISM=false\nOMP_NUM_THREADS=1\n")
+    variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    variables |= {name: os.environ[name] for name in KERNELS if name in os.environ}
+    (tmp_path / "environment").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     command = [sys.executable, str(BIN / "deepspeed"), "--hostfile", hostfile(tmp_path, HOSTS)]
     # DeepSpeed asks the first host for its address by plain `ssh`, which knows nothing of this server.
     command += ["--no_ssh_check", "--master_addr", HOSTS[0], "--master_port", str(free_port())]
