@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pipeline.data.claim import Claim, remove
 from pipeline.data.ending import StopSignals
-from pipeline.data.replaced import INFO_FILE, Inventory, inventory, no_store, replaceable
-from pipeline.data.store import is_store
+from pipeline.data.info import INFO_FILE, is_store
+from pipeline.data.replaced import Inventory, inventory, no_store, replaceable
 from pipeline.data.text import readable
 from pipeline.errors import DataError
 

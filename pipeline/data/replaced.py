@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pipeline.data.info import INFO_FILE
 from pipeline.data.text import readable
 from pipeline.errors import DataError
 
-INFO_FILE = "store.json"
 _SPLIT_FILES = ("data-*.arrow", "cache-*.arrow", "state.json", "dataset_info.json")
 
 Inventory = dict[str, tuple[int, int, int]]

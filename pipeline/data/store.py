@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.config.untrusted import parse_json, read_small, shown, what_is_wrong
-from pipeline.data.hashes import FileHash, Sha256, check_hashes, check_sizes, hash_folder, hash_tokens
+from pipeline.data.hashes import check_hashes, check_sizes, hash_folder, hash_tokens
+from pipeline.data.info import FORMAT_VERSION, INFO_FILE, PREPARE, SplitInfo, StoreInfo, is_store, read_info, write_info
 from pipeline.data.text import home
 from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer, tokenizer_identity
 from pipeline.errors import DataError
@@ -30,50 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT_VERSION", "SplitInfo", "StoreInfo", "TokenStore", "add_hashes", "check_tokenizer", "is_store"]
 __all__ += ["STORE_FEATURES", "list_lengths", "tokenizer_identity", "write_store"]
 
-FORMAT_VERSION = 1
 STORE_FEATURES = datasets.Features(tokens=datasets.List(datasets.Value("int32")), source=datasets.Value("string"))
-_INFO_FILE = "store.json"
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
-_PREPARE = "make one with launch/prepare_data.py"
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """Counts of one split; lengths are in tokens.
-
-    Attributes:
-        num_documents: Number of documents.
-        num_tokens: Tokens of all documents together.
-        min_document_tokens: Length of the shortest document.
-        max_document_tokens: Length of the longest document.
-        length_histogram: Number of documents by length: key ``2**n`` counts lengths from there to ``2**(n+1) - 1``.
-        tokens_sha256: What ``hash_tokens`` says of the documents; None in a store that was made without hashes.
-        files: What each file was when it was written, by name; empty likewise.
-    """
-
-    num_documents: Count
-    num_tokens: Count
-    min_document_tokens: Count
-    max_document_tokens: Count
-    length_histogram: dict[str, Count]
-    tokens_sha256: Sha256 | None = None
-    files: dict[FileName, FileHash] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What store.json says.
-
-    Attributes:
-        format_version: Version of the layout on disk.
-        tokenizer: The tokenizer that made the tokens.
-        splits: Counts by name of the split.
-    """
-
-    format_version: int
-    tokenizer: TokenizerInfo
-    splits: dict[str, SplitInfo]
 
 
 class TokenStore:
@@ -120,7 +74,7 @@ class TokenStore:
             DataError: The folder, its store.json or the split is missing, empty, damaged or of another version.
         """
         path = home(path)
-        info = _read_info(path)
+        info = read_info(path)
         if split not in info.splits:
             raise DataError(
                 f"the token store has no split {split!r}",
@@ -128,7 +82,7 @@ class TokenStore:
                 do="prepare the data again with --validation-documents or --validation",
             )
         if info.splits[split].num_documents == 0:
-            raise DataError("the token store is empty", got=str(path / split), do=_PREPARE)
+            raise DataError("the token store is empty", got=str(path / split), do=PREPARE)
         try:
             odd = [entry.name for entry in (path / split).iterdir() if not entry.is_file()]
             if odd:
@@ -140,7 +94,7 @@ class TokenStore:
         except Exception as error:  # `datasets` raises whatever a foreign file leads it to
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(
-                "the token store is damaged: a split cannot be read", got=f"{path / split} ({words})", do=_PREPARE
+                "the token store is damaged: a split cannot be read", got=f"{path / split} ({words})", do=PREPARE
             ) from error
         store = cls(path, split, info=info, column=tokens, sources=sources)
         store._check_counts()
@@ -175,7 +129,7 @@ class TokenStore:
                 got=f"{tokens[foreign[0]]} in {self.path / self.split}, document {document} ({self.source(document)}), "
                 f"token {start + foreign[0]}",
                 expected=f"0 to {self._num_ids - 1}, as tokenizer ({self.info.tokenizer.name!r}) and backbone have",
-                do=_PREPARE,
+                do=PREPARE,
             )
         return tokens
 
@@ -231,7 +185,7 @@ class TokenStore:
     def _stamps(self) -> dict[str, tuple[int, int]]:
         """Size in bytes and time of the last change in ns of the files of this split; none if they are gone."""
         stamps = {}
-        for path in (self.path / _INFO_FILE, *(self.path / self.split).glob("*")):
+        for path in (self.path / INFO_FILE, *(self.path / self.split).glob("*")):
             with contextlib.suppress(FileNotFoundError):
                 found = path.stat()
                 stamps[str(path.relative_to(self.path))] = (found.st_size, found.st_mtime_ns)
@@ -245,10 +199,10 @@ class TokenStore:
                 "the token store is damaged: a split does not hold what store.json says",
                 got=f"{found[0]} documents, {found[1]} tokens in {self.path / self.split}",
                 expected=f"{expected.num_documents} documents, {expected.num_tokens} tokens",
-                do=_PREPARE,
+                do=PREPARE,
             )
         if self.lengths.min() == 0:
-            raise DataError("the token store has empty documents", got=str(self.path / self.split), do=_PREPARE)
+            raise DataError("the token store has empty documents", got=str(self.path / self.split), do=PREPARE)
 
 
 def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, tokenizer: TokenizerInfo) -> StoreInfo:
@@ -269,7 +223,7 @@ def write_store(folder: str | Path, splits: Mapping[str, datasets.Dataset], *, t
         dataset.save_to_disk(str(folder / split))
         infos[split] = _describe(folder / split)
     info = StoreInfo(format_version=FORMAT_VERSION, tokenizer=tokenizer, splits=infos)
-    _write_info(folder, info)
+    write_info(folder, info)
     return info
 
 
@@ -286,31 +240,20 @@ def add_hashes(folder: str | Path) -> StoreInfo:
         DataError: It is no store, is damaged, or has hashes, which are not replaced.
     """
     folder = home(folder)
-    info = _read_info(folder)
+    info = read_info(folder)
     if not info.splits or any(counts.files for counts in info.splits.values()):
         raise DataError("the token store has hashes already", got=folder, do="prepare the data again if it was altered")
     for split in info.splits:
         TokenStore.open(folder, split)  # its counts are checked
     info = replace(info, splits={split: _describe(folder / split) for split in info.splits})
-    _write_info(folder, info)
+    write_info(folder, info)
     return info
-
-
-def _write_info(folder: Path, info: StoreInfo) -> None:
-    partial = folder / f".{_INFO_FILE}.partial"
-    partial.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / _INFO_FILE)
 
 
 def _describe(split: Path) -> SplitInfo:
     """Counts and hashes of a split that was written."""
     column = datasets.load_from_disk(str(split), keep_in_memory=False).data.column("tokens")
     return replace(_count(list_lengths(column)), tokens_sha256=hash_tokens(column), files=hash_folder(split))
-
-
-def is_store(folder: Path) -> bool:
-    """Whether the folder holds a whole token store of any version."""
-    return (folder / _INFO_FILE).is_file()
 
 
 def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase | str) -> None:
@@ -336,53 +279,6 @@ def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase | str)
             expected=f"{made_by.name!r} with {made_by.vocab_size} ids, identity {made_by.identity[:12]}",
             do="prepare the data again with --tokenizer set to the backbone, or change backbone.path",
         )
-
-
-def _read_info(path: Path) -> StoreInfo:
-    if not path.is_dir():
-        raise DataError("the token store does not exist", got=f"data.path {path}", do=_PREPARE)
-    if not is_store(path):
-        raise DataError("the folder is not a token store: it has no store.json", got=f"data.path {path}", do=_PREPARE)
-    try:
-        whole = parse_json(read_small(path / _INFO_FILE))
-        version = whole["format_version"]
-        if version is FORMAT_VERSION or (version == FORMAT_VERSION and type(version) is int):
-            info = _INFO.validate_json(json.dumps(whole), strict=True)
-            _check_hashed(path, info)
-            return info
-    except ValidationError as error:
-        raise _damaged(path, what_is_wrong(error)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, str(error)) from error
-    raise DataError(
-        "the token store has another format version", got=shown(version), expected=FORMAT_VERSION, do=_PREPARE
-    )
-
-
-def _damaged(path: Path, why: str) -> DataError:
-    return DataError(
-        "the token store is damaged: store.json cannot be read", got=f"{path / _INFO_FILE} ({why})", do=_PREPARE
-    )
-
-
-def _check_hashed(path: Path, info: StoreInfo) -> None:
-    """All splits have hashes of all their files, or none has any."""
-    bare = [name for name, split in info.splits.items() if not split.files and split.tokens_sha256 is None]
-    if len(bare) == len(info.splits):
-        return
-    for name, split in info.splits.items():
-        there = {entry.name for entry in (path / name).iterdir()} if (path / name).is_dir() else set(split.files)
-        unknown = sorted(there - split.files.keys() - {entry for entry in there if entry.startswith("cache-")})
-        if split.tokens_sha256 is None or unknown:
-            what = f"without a hash of {unknown[0]!r}" if unknown else "without tokens_sha256"
-            raise DataError(
-                "the token store is damaged: it has hashes of some of its parts only",
-                got=f"{path / name} {what}",
-                do=_PREPARE,
-            )
-
-
-_INFO = TypeAdapter(StoreInfo)
 
 
 def list_lengths(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
