@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.failing import explained, leave
+from launch.failing import end_well, explained, leave
 from pipeline.config.load import load_from_command_line
 from pipeline.config.schema import Config
 from pipeline.distributed.signals import Signals
@@ -76,3 +76,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with explained():
         main()
+    end_well()

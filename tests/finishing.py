@@ -80,7 +80,7 @@ def _finish(path: Path, num_ranks: int) -> None:
     """One run, from nothing; a rank leaves this function, and this program, as it would leave launch/train.py."""
     import torch.distributed
 
-    from launch.failing import explained
+    from launch.failing import end_well, explained
     from launch.train import run
     from pipeline.config.load import load_config
 
@@ -102,7 +102,9 @@ def _finish(path: Path, num_ranks: int) -> None:
             left = [
                 name for thread in threading.enumerate() if (name := thread.name) not in ("MainThread", "tqdm_monitor")
             ]
-            sys.exit(f"still there at the end: {left}" if left or torch.distributed.is_initialized() else 0)
+            if left or torch.distributed.is_initialized():
+                sys.exit(f"still there at the end: {left}")
+            end_well()
         children.append(child)
     codes = [_code(child) for child in children]
     state = json.loads((folder / "status.json").read_text())["state"] if (folder / "status.json").is_file() else None

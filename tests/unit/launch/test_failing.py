@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,20 @@ class FullLog(io.StringIO):
 def test_a_log_on_a_full_disk_keeps_nobody(end, monkeypatch):
     monkeypatch.setattr(sys, "stderr", FullLog())
     assert end(DataError("no data"), rank=0, local_rank=0, world_size=16)[0] == (1, True)
+
+
+def test_a_process_that_is_done_runs_exit_handlers_and_not_the_end_of_the_interpreter():
+    code = """
+import atexit
+from launch.failing import end_well
+class Held:
+    def __del__(self):
+        print("the interpreter ends", flush=True)
+held = Held()
+atexit.register(print, "an exit handler")
+print("done")
+end_well()
+"""
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\nan exit handler\n", "")
