@@ -44,12 +44,15 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def end_well() -> None:
-    """Ends a process whose work is done, with 0, without the end of the interpreter.
+def end_well(code: int = 0) -> None:
+    """Ends a process whose work is done and saved, on every rank, without the end of the interpreter.
 
     Threads of a process group live as long as anything holds the group, destroyed or not. One that lets go of a tensor
     while the interpreter ends would crash the process ("terminate called without an active exception", in gloo's
-    `runLoop`, torch 2.13), and a job script would take a finished run for a failed one.
+    `runLoop`, torch 2.13), and a job script would take a run that finished, or is to go on, for a failed one.
+
+    Args:
+        code: The exit code.
     """
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")
@@ -58,7 +61,7 @@ def end_well() -> None:
     with suppress(OSError):  # a log on a full disk
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def leave(code: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.failing import end_well, explained, leave
+from launch.failing import end_well, explained
 from pipeline.config.load import load_from_command_line
 from pipeline.config.schema import Config
 from pipeline.distributed.signals import Signals
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
     with Signals(usr1_stops=config.run.on_usr1 == "stop") as signals:
         ended = _train(config, signals)
         if ended.asked is not None:
-            leave(EXIT_PREEMPTED)
+            end_well(EXIT_PREEMPTED)
 
 
 def _train(config: Config, signals: Signals) -> Ended:

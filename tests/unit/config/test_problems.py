@@ -197,6 +197,7 @@ def test_what_many_aliases_stand_for_is_not_written_out(minimal_path: Path) -> N
 @pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
 def test_every_seed_in_range_seeds_every_generator(make: Make, seed: int) -> None:
     accepted = make(f"--run.seed={seed}").run.seed
+    assert accepted == seed
     random.seed(accepted)
     np.random.seed(accepted % 2**32)
     np.random.default_rng([accepted, 0, 0, 0])

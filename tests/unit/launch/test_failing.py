@@ -75,9 +75,10 @@ def test_a_log_on_a_full_disk_keeps_nobody(end, monkeypatch):
     assert end(DataError("no data"), rank=0, local_rank=0, world_size=16)[0] == (1, True)
 
 
-def test_a_process_that_is_done_runs_exit_handlers_and_not_the_end_of_the_interpreter():
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_process_that_is_done_runs_exit_handlers_and_not_the_end_of_the_interpreter(status):
     code = """
-import atexit
+import atexit, sys
 from launch.failing import end_well
 class Held:
     def __del__(self):
@@ -85,8 +86,10 @@ class Held:
 held = Held()
 atexit.register(print, "an exit handler")
 print("done")
-end_well()
+end_well(int(sys.argv[1]))
 """
     root = Path(__file__).resolve().parents[3]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\nan exit handler\n", "")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(status)], capture_output=True, text=True, timeout=60, cwd=root
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, "done\nan exit handler\n", "")
