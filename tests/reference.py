@@ -63,26 +63,43 @@ class Read:
 
     values: Tensor
     log_sum_exp: Tensor
-    chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (lane, head, token) -> (lane, first position)
+    chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (row, head, token) -> (lane, first position)
 
 
-def read_memory(past: Past, q: Tensor, attention: Attention, rules: Rules, *, start: int, documents: Tensor) -> Read:
-    """Design section 3 and 4, word by word, for unrotated queries `[B, H, T, D]`."""
-    num_lanes, num_heads, num_tokens, dim = q.shape
+def read_memory(
+    past: Past,
+    q: Tensor,
+    attention: Attention,
+    rules: Rules,
+    *,
+    start: int,
+    documents: Tensor,
+    first: int = 0,
+    lane_of_row: Sequence[int] | None = None,
+    visible: Tensor | None = None,
+) -> Read:
+    """Design section 3 and 4, word by word, for unrotated queries `[B, H, T, D]`.
+
+    The queries stand `first` tokens inside the segment; row `b` reads lane `lane_of_row[b]`, of which it may see the
+    chunks that `visible[b]` says, the newest one last.
+    """
+    num_rows, num_heads, num_tokens, dim = q.shape
+    lane_of_row = range(num_rows) if lane_of_row is None else lane_of_row
     if not past.keys:
         return Read(torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf), {})
     keys, values, owner = torch.cat(past.keys, 2), torch.cat(past.values, 2), torch.cat(past.documents, 1)
     group = num_heads // keys.shape[1]
     every = _chunks(past, owner, rules, start)
     rows, log_sum_exps, found = [], [], {}
-    for lane in range(num_lanes):
+    for row in range(num_rows):
+        may = [chunk for chunk in every if visible is None or _may_see(visible[row], chunk, start, rules)]
         for head in range(num_heads):
             for token in range(num_tokens):
-                query, now = q[lane, head, token], start + token
-                document = int(documents[lane, token])
-                seen = [chunk for chunk in every if _sees(lane, document, chunk, rules.scope)]
+                query, now = q[row, head, token], start + first + token
+                document = int(documents[row, token])
+                seen = [chunk for chunk in may if _sees(lane_of_row[row], document, chunk, rules.scope)]
                 best = _best(query, keys[:, head // group], seen, now, head, attention, rules)
-                found[lane, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
+                found[row, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
                 if not best:
                     rows.append(query.new_zeros(dim))
                     log_sum_exps.append(query.new_tensor(-math.inf))
@@ -93,7 +110,7 @@ def read_memory(past: Past, q: Tensor, attention: Attention, rules: Rules, *, st
                 value = torch.cat([values[c.lane, head // group, c.tokens] for c in best])
                 rows.append(torch.softmax(logits, 0) @ value)
                 log_sum_exps.append(torch.logsumexp(logits, 0))
-    shape = (num_lanes, num_heads, num_tokens)
+    shape = (num_rows, num_heads, num_tokens)
     return Read(torch.stack(rows).view(*shape, dim), torch.stack(log_sum_exps).view(shape), found)
 
 
@@ -112,6 +129,12 @@ def _sees(lane: int, document: int, chunk: Chunk, scope: str) -> bool:
     if scope == "group":
         return True
     return chunk.lane == lane and (scope == "lane" or chunk.documents == {document})
+
+
+def _may_see(visible: Tensor, chunk: Chunk, start: int, rules: Rules) -> bool:
+    """Whether a row's `visible`, the chunk right before the segment last, allows a chunk."""
+    chunks_back = -((chunk.positions[0] - start) // rules.chunk_size)
+    return bool(visible[len(visible) - chunks_back])
 
 
 def _best(

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.reader import AgeObserver
+from pipeline.memory.reader import AgeObserver, BankReader
+from pipeline.memory.segment import Reading
 from pipeline.model.longmem import LongMem, build
 from pipeline.model.stream import Stream
 from tests.reference import ReferenceSideNet, Rules
@@ -84,6 +85,11 @@ class TinyLongMem:
             gate=side.gate_init,
             rules=Rules(memory.tokens, memory.chunk_size, memory.top_k_tokens, memory.scope, memory.position),
         )
+
+
+def reader_of(model: LongMem, bank: MemoryBank, *, start: int, documents: Tensor, **kwargs: Any) -> BankReader:
+    """Lets a segment of every lane read a bank by the model's own settings."""
+    return BankReader(bank, model.read_settings, model.geometries, Reading(start, documents), **kwargs)
 
 
 def tiny_tokens(shape: tuple[int, int], *, seed: int = 0) -> Tensor:

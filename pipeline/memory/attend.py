@@ -1,7 +1,6 @@
 """Attention over retrieved chunks, as a partial result that others can be added to, and its backward pass.
 
-Shapes as in `pipeline.memory.view`; `m` queries of a block that have chunks to read, `w` chunks of a query at most, `c`
-tokens of a chunk.
+Shapes as in `pipeline.memory.layer`; `m` queries of a block that have chunks to read, `w` chunks of a query at most.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.memory.layer import LayerView, Queries, Tokens, row_products
 from pipeline.memory.search import NOTHING
-from pipeline.memory.view import MemoryView, Queries, at_once
+from pipeline.memory.segment import at_once
 from pipeline.memory.winners import Winners
 
 
@@ -51,18 +51,7 @@ class Partial:
         return cls(packed[:, 0], packed[:, 1], packed[:, 2:])
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    """Retrieved tokens: keys, values `[m, w * c, D]`, logits `[m, w * c]`; near keys and which tokens they serve."""
-
-    key: Tensor
-    value: Tensor
-    logits: Tensor
-    near_key: Tensor | None
-    is_near: Tensor | None
-
-
-def attend(view: MemoryView, queries: Queries, winners: Winners) -> Partial:
+def attend(view: LayerView, queries: Queries, winners: Winners) -> Partial:
     """Attends to chunks of a shard.
 
     Args:
@@ -104,7 +93,7 @@ def combine(partials: list[Partial], members: list[Tensor], num_queries: int) ->
 
 
 def attend_backward(
-    view: MemoryView, queries: Queries, winners: Winners, *, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
+    view: LayerView, queries: Queries, winners: Winners, *, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
 ) -> Tensor:
     """Gradient of attention with respect to the queries; keys and values are gathered anew, not kept.
 
@@ -126,43 +115,28 @@ def attend_backward(
     return grad_query
 
 
-def token_distance(view: MemoryView, queries: Queries, winners: Winners) -> Tensor:
-    """Real distance from each query to each token that it reads.
-
-    Args:
-        view: The memory layer.
-        queries: A block of queries.
-        winners: What some of them read.
-
-    Returns:
-        int64 `[m, w, c]`.
-    """
-    position = view.slot_offset[winners.slots][..., None] + torch.arange(view.chunk_size, device=view.device)
-    return queries.offset[winners.members % len(queries.offset)][:, None, None] - position
-
-
-def _pieces(view: MemoryView, winners: Winners) -> Iterator[tuple[Tensor | slice, Winners]]:
+def _pieces(view: LayerView, winners: Winners) -> Iterator[tuple[Tensor | slice, Winners]]:
     """What is attended to at once, and which rows it is: all, but on a CPU."""
     num_queries, width = winners.slots.shape
-    if view.device.type != "cpu":
+    if view.segment.device.type != "cpu":
         return iter([(slice(None), winners)] if num_queries else [])
     return winners.pieces(at_once(num_queries * width, view.keys[0].numel(), device="cpu"))
 
 
 # A function of their own, so that the tokens of one piece are gone when the next one's are gathered.
-def _attend(view: MemoryView, queries: Queries, winners: Winners) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = _gather(view, queries, winners)
+def _attend(view: LayerView, queries: Queries, winners: Winners) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = _tokens(view, queries, winners)
     maximum = tokens.logits.amax(dim=-1)
     weights = torch.exp(tokens.logits - maximum[:, None])
     return maximum, weights.sum(dim=-1), torch.bmm(weights[:, None], tokens.value)[:, 0]
 
 
 def _attend_backward(
-    view: MemoryView, queries: Queries, winners: Winners, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
+    view: LayerView, queries: Queries, winners: Winners, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
 ) -> Tensor:
-    tokens = _gather(view, queries, winners)
+    tokens = _tokens(view, queries, winners)
     weights = torch.exp(tokens.logits - log_sum_exp[:, None])
-    of_weight = _dot(tokens.value, grad)
+    of_weight = row_products(grad, tokens.value, 1.0)
     of_logit = weights.mul_(of_weight.add_(offset[:, None])).mul_(view.geometry.scale)
     near = None
     if tokens.near_key is not None:
@@ -173,36 +147,8 @@ def _attend_backward(
     return view.query_gradient(far, near, queries, winners.members)
 
 
-def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:
-    members, (num_queries, width) = winners.members, winners.slots.shape
-    rows = torch.div(members, len(queries.offset), rounding_mode="floor")[:, None]  # head and row of the bank
-    slots = (rows * view.num_slots + winners.slots).flatten()
-    dim = queries.far.shape[-1]
-    key = view.keys.index_select(0, slots).view(num_queries, -1, dim).float()
-    value = view.values.index_select(0, slots).view(num_queries, -1, dim).float()
-    logits = _dot(key, queries.far.flatten(0, 2)[members])
-    near_key = is_near = distance = None
-    if queries.near is not None:
-        near_key = key
-        if view.geometry.encoding.inv_freq is not None:
-            near_slots = (rows * len(view.near_slots) + view.near_index[winners.slots]).flatten()
-            near_key = view.near_keys.index_select(0, near_slots).view(num_queries, -1, dim)
-        distance = token_distance(view, queries, winners).flatten(1)
-        is_near = distance <= view.rule.near_limit
-        near_logits = _dot(near_key, queries.near.flatten(0, 2)[members])
-        logits = torch.where(is_near, near_logits, logits)
-    logits = logits.mul_(view.geometry.scale)
-    slopes = view.slopes_of(queries, winners.members)
-    if slopes is not None:
-        far = torch.full((1, 1), float(view.rule.distance), device=view.device)
-        effective = far if distance is None or is_near is None else torch.where(is_near, distance.float(), far)
-        logits = logits - slopes * effective
-    hidden = ~winners.valid[..., None].expand(-1, width, view.chunk_size).reshape(logits.shape)
-    return _Gathered(key, value, logits.masked_fill_(hidden, NOTHING), near_key, is_near)
-
-
-def _dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """Inner products of `rows` `[n, t, D]` with one `vector` `[n, D]` each, `[n, t]`."""
-    if rows.device.type == "cpu":  # three times as fast there as a batch of matrix-vector products
-        return (rows * vector[:, None]).sum(dim=-1)
-    return torch.bmm(rows, vector[..., None])[..., 0]
+def _tokens(view: LayerView, queries: Queries, winners: Winners) -> Tokens:
+    tokens = view.tokens(queries, winners.members, winners.slots)
+    hidden = ~winners.valid.repeat_interleave(view.segment.chunk_size, dim=1)
+    tokens.logits.masked_fill_(hidden, NOTHING)
+    return tokens

@@ -12,24 +12,25 @@ Backward: the owner gives each query's gradient to the ranks that hold chunks it
 partial gradients back. No key or value travels, and nothing to or from a rank that holds nothing a query read.
 
 Shapes: `G` ranks of the group, `B` lanes, `H` query heads, `T` segment tokens, `t` of a block, `D` head size,
-`n = B H t` queries of a block of one rank.
+`n` queries of a block of one rank: `B H t`, and those that fill pools up (`pipeline.memory.pools`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.memory.attend import Partial, attend, attend_backward, combine, token_distance
+from pipeline.memory.attend import Partial, attend, attend_backward, combine
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
+from pipeline.memory.layer import Geometry, LayerView, Queries
 from pipeline.memory.search import NOTHING, search
-from pipeline.memory.view import Geometry, MemoryView, Queries, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings, SegmentView
 from pipeline.memory.winners import Shared, Winners, share
 
 AgeObserver = Callable[[int, Tensor], None]
@@ -57,9 +58,7 @@ class BankReader:
         bank: This rank's shard; must not change between a read and its backward pass.
         settings: How memory is read.
         geometries: The attention of each memory layer.
-        start: Lane position of this rank's segment; only what came before is visible. The other ranks' segments lie
-            next to it, in rank order.
-        documents: Document of each token of this rank's segment, int64 `[B, T]`.
+        reading: The rows that read. The other ranks' segments lie next to this one's, in rank order.
         exchange: The group.
         observe_ages: Called with the memory layer and the distance, in tokens, to the first token of every chunk
             retrieved from this shard (int64, flat); for statistics. None: not called.
@@ -71,21 +70,20 @@ class BankReader:
         bank: MemoryBank,
         settings: ReadSettings,
         geometries: Sequence[Geometry],
+        reading: Reading,
         *,
-        start: int,
-        documents: Tensor,
         exchange: Exchange | None = None,
         observe_ages: AgeObserver | None = None,
         timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.bank, self.settings, self.geometries = bank, settings, geometries
-        self.exchange = exchange or Alone()
+        self.bank, self.geometries, self.exchange = bank, geometries, exchange or Alone()
         self.observe_ages, self.timed = observe_ages, timed
-        first = start - self.exchange.rank * documents.shape[1]
-        self._starts = [first + rank * documents.shape[1] for rank in range(self.exchange.size)]
-        self._documents = documents.to(bank.device)[None].expand(self.exchange.size, -1, -1)
-        if settings.scope == "document":
-            self._documents = self.exchange.all_gather(documents.to(bank.device), purpose="documents")()
+        readings = _of_all_ranks(reading, self.exchange, bank.device, with_documents=settings.scope == "document")
+        self._segments = {
+            rule: [SegmentView(bank, settings, each, rule) for each in readings]
+            for rule in {geometry.rule(settings.rule) for geometry in geometries}
+        }
+        self._rules = [geometry.rule(settings.rule) for geometry in geometries]
 
     def read(self, layer: int, query: Tensor) -> MemoryRead:
         """Reads one memory layer; gradients flow into the query.
@@ -100,10 +98,8 @@ class BankReader:
             Values and log-sum-exp, on the query's device.
         """
         with self.timed():
-            views = [
-                MemoryView(self.bank, layer, self.settings, self.geometries[layer], start=start, documents=documents)
-                for start, documents in zip(self._starts, self._documents, strict=True)
-            ]
+            store, geometry = self.bank.layers[layer], self.geometries[layer]
+            views = [LayerView(segment, store, geometry) for segment in self._segments[self._rules[layer]]]
             observe = self.observe_ages
             group = _Group(views, self.exchange, None if observe is None else lambda ages: observe(layer, ages))
             values, log_sum_exp = _Read.apply(query.to(self.bank.device, torch.float32), group)
@@ -142,20 +138,28 @@ class _Block:
 class _Group:
     """One memory layer, as the segments of all ranks of the group see this rank's shard of it."""
 
-    views: list[MemoryView]
+    views: list[LayerView]
     exchange: Exchange
     observe_ages: Callable[[Tensor], None] | None
 
     @property
-    def own(self) -> MemoryView:
+    def own(self) -> LayerView:
         return self.views[self.exchange.rank]
+
+    def by_row(self, x: Tensor, query: Tensor, tokens: slice) -> Tensor:
+        """What a block's queries got, `[n, ...]`, by row of the segment's queries `[B, H, T, D]`: `[B, H, t, ...]`."""
+        return self.own.segment.pools.by_row(x, num_heads=query.shape[1], num_tokens=tokens.stop - tokens.start)
+
+    def num_queries(self, query: Tensor, tokens: slice) -> int:
+        """`n` of a block of the segment's queries `[B, H, T, D]`."""
+        return self.own.segment.pools.num_places(len(query)) * query.shape[1] * (tokens.stop - tokens.start)
 
     def blocks(self, query: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of a segment's queries `[B, H, T, D]`, gathered from all ranks, `[G, B, H, t, D]`.
 
         The next block travels while the caller works on this one.
         """
-        size, length = self.own.settings.query_block_tokens, query.shape[2]
+        size, length = self.own.segment.settings.query_block_tokens, query.shape[2]
         blocks = [slice(first, min(first + size, length)) for first in range(0, length, size)]
         waiting = self.exchange.all_gather(query[:, :, blocks[0]], purpose="queries")
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
@@ -184,18 +188,17 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
         values, log_sum_exp = torch.empty_like(query), query.new_empty(query.shape[:-1])
-        k, num_lanes = group.own.settings.top_k_chunks, query.shape[0]
+        k = group.own.segment.settings.top_k_chunks
         blocks: list[_Block] = []
         on_the_way: list[tuple[_Block, Callable[[], list[Tensor]]]] = []
 
         def land() -> None:
             block, wait = on_the_way.pop(0)
-            sizes = {"num_lanes": num_lanes, "num_tokens": block.tokens.stop - block.tokens.start}
-            num_queries = num_lanes * query.shape[1] * sizes["num_tokens"]
-            partial = combine([Partial.unpacked(part) for part in wait()], block.shared.holders, num_queries)
+            partials = [Partial.unpacked(part) for part in wait()]
+            partial = combine(partials, block.shared.holders, group.num_queries(query, block.tokens))
             total = partial.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
-            values[:, :, block.tokens] = group.own.ungroup(partial.weighted / total[:, None], **sizes)
-            log_sum_exp[:, :, block.tokens] = group.own.ungroup(partial.maximum + total.log(), **sizes)
+            values[:, :, block.tokens] = group.by_row(partial.weighted / total[:, None], query, block.tokens)
+            log_sum_exp[:, :, block.tokens] = group.by_row(partial.maximum + total.log(), query, block.tokens)
 
         def read(tokens: slice, gathered: Tensor, queries: list[Queries], sharing: Callable[[], Shared]) -> None:
             block = _Block(tokens, gathered, sharing())
@@ -207,7 +210,8 @@ class _Read(torch.autograd.Function):
             blocks.append(block)
             if group.observe_ages is not None:
                 for view, own, winners in work:
-                    group.observe_ages(token_distance(view, own, winners)[..., 0][winners.valid])
+                    ages = view.token_distance(own, winners.members, winners.slots)[..., 0]
+                    group.observe_ages(ages[winners.valid])
 
         searched: tuple[slice, Tensor, list[Queries], Callable[[], Shared]] | None = None
         for tokens, gathered in group.blocks(query):
@@ -235,20 +239,19 @@ class _Read(torch.autograd.Function):
         # d loss / d logit_j = p_j (grad . value_j + offset): the softmax's own term and the log-sum-exp's gradient.
         offset = torch.where(visible, grad_lse, 0.0) - (grad_values * values).sum(dim=-1)
         packed = torch.cat([grad_values, offset[..., None], log_sum_exp[..., None]], dim=-1)
-        grad_query, (num_lanes, _, _, dim) = torch.empty_like(values), values.shape
+        grad_query, dim = torch.empty_like(values), values.shape[-1]
         on_the_way: list[tuple[_Block, Callable[[], list[Tensor]]]] = []
 
         def send(block: _Block) -> Callable[[], list[Tensor]]:
-            rows = group.own.group(packed[:, :, block.tokens]).flatten(0, 2)
+            rows = group.own.segment.pools.by_pool(packed[:, :, block.tokens]).flatten(0, 2)
             return group.to_holders(block, rows, purpose="gradients")
 
         def land() -> None:
             block, wait = on_the_way.pop(0)
-            length = block.tokens.stop - block.tokens.start
-            rows = values.new_zeros(num_lanes * values.shape[1] * length, dim)
+            rows = values.new_zeros(group.num_queries(values, block.tokens), dim)
             for held, part in zip(block.shared.holders, wait(), strict=True):
                 rows[held] += part
-            grad_query[:, :, block.tokens] = group.own.ungroup(rows, num_lanes=num_lanes, num_tokens=length)
+            grad_query[:, :, block.tokens] = group.by_row(rows, values, block.tokens)
 
         waiting = send(blocks[0])
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
@@ -266,3 +269,17 @@ class _Read(torch.autograd.Function):
                 land()
         land()
         return grad_query, None
+
+
+def _of_all_ranks(reading: Reading, exchange: Exchange, device: torch.device, *, with_documents: bool) -> list[Reading]:
+    """The rows of every rank of the group: each rank's segment follows that of the rank before it."""
+    length = reading.segment_tokens or reading.documents.shape[1]
+    starts = [reading.start + (rank - exchange.rank) * length for rank in range(exchange.size)]
+    documents = reading.documents.to(device)[None].expand(exchange.size, -1, -1)
+    if with_documents:
+        documents = exchange.all_gather(documents[0], purpose="documents")()
+    visible: Any = [None] * exchange.size
+    if reading.visible is not None:
+        visible = exchange.all_gather(reading.visible.to(device, torch.uint8), purpose="visible")().bool()
+    places = zip(starts, documents, visible, strict=True)
+    return [replace(reading, start=start, documents=own, visible=seen) for start, own, seen in places]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from pipeline.backbone.encoding import Encoding
 from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.distributed.launchers import local_size
 from pipeline.memory.bank import BankShape, MemoryBank
-from pipeline.memory.exchange import Exchange
+from pipeline.memory.layer import Geometry
 from pipeline.memory.place import ring_chunks
-from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.room import check_room
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import ReadSettings
 from pipeline.model.loss import Head, token_losses
 from pipeline.positions import PositionRule
 from pipeline.sidenet.fusion import MemoryReader
@@ -155,42 +153,6 @@ class LongMem:
             documents: int64 `[B, T]`.
         """
         bank.append([(kv.key, kv.value) for kv in encoding.memory], start=start, documents=documents)
-
-    def reader(
-        self,
-        bank: MemoryBank,
-        *,
-        start: int,
-        documents: Tensor,
-        settings: ReadSettings | None = None,
-        exchange: Exchange | None = None,
-        observe_ages: AgeObserver | None = None,
-        timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> BankReader:
-        """Lets the queries of one segment read a bank.
-
-        Args:
-            bank: The bank.
-            start: Lane position of the segment's first token.
-            documents: int64 `[B, T]`.
-            settings: How memory is read; None: `read_settings`.
-            exchange: As in `BankReader`.
-            observe_ages: As in `BankReader`.
-            timed: As in `BankReader`.
-
-        Returns:
-            The reader.
-        """
-        return BankReader(
-            bank,
-            settings or self.read_settings,
-            self.geometries,
-            start=start,
-            documents=documents,
-            exchange=exchange,
-            observe_ages=observe_ages,
-            timed=timed,
-        )
 
     def hidden(self, encoding: Encoding, reader: MemoryReader | None) -> Tensor:
         """Runs the SideNet.

@@ -1,4 +1,4 @@
-"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.memory.view`."""
+"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.memory.layer`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.config.model import ModelSettings
 from pipeline.memory.bank import BankShape
 from pipeline.memory.search import MARGIN, numbers_of_search
-from pipeline.memory.view import SLOTS_PER_BLOCK, at_once
+from pipeline.memory.segment import SLOTS_PER_BLOCK, at_once
 from pipeline.model.longmem import DTYPES
 from pipeline.planning.part import Part
 from pipeline.planning.shapes import BackboneShape

@@ -18,9 +18,9 @@ from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import gather, world_size
 from pipeline.memory import reader
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.layer import LayerView, Queries
 from pipeline.memory.reader import AgeObserver
 from pipeline.memory.search import Retrieved, search
-from pipeline.memory.view import MemoryView, Queries
 from pipeline.model.stream import Stream
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
@@ -97,9 +97,10 @@ def measured_choices() -> Iterator[list[float]]:
     """Collects how narrowly each search decided; `Outcome.narrowest` says in which units."""
     found = [float("inf")]
 
-    def measuring(view: MemoryView, queries: Queries) -> Retrieved:
-        k, wider = view.settings.top_k_chunks, copy(view)
-        wider.settings = replace(view.settings, top_k_chunks=k + 1)
+    def measuring(view: LayerView, queries: Queries) -> Retrieved:
+        k, wider, segment = view.segment.settings.top_k_chunks, copy(view), copy(view.segment)
+        segment.settings = replace(segment.settings, top_k_chunks=k + 1)
+        wider.segment = segment
         scores = search(wider, queries).scores
         if scores.shape[-1] > k:
             unit = queries.far.norm(dim=-1) * view.largest_key[..., None] * view.geometry.scale

@@ -18,6 +18,7 @@ from pipeline.data.tokenizer import TokenizerInfo
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.longmem import LongMem, build
 from tests.tiny_config import tiny_config
+from tests.tiny_longmem import reader_of
 from tests.tiny_models import VOCABULARY, tiny_model
 
 TOLERANCE = 2e-4  # float32 losses, summed in another order with another number of rows
@@ -94,7 +95,7 @@ def loop(model, store, document, memory_of):
     past = encodings(model, store, document if memory_of is None else memory_of)
     for (start, label, encoding), (_, _, remembered) in zip(encodings(model, store, document), past, strict=True):
         if start >= CONTEXT:
-            reader = None if memory_of is None else model.reader(bank, start=start, documents=label)
+            reader = None if memory_of is None else reader_of(model, bank, start=start, documents=label)
             logits = model.logits(model.hidden(encoding, reader))[0].double()
             targets = whole[start + 1 : start + SEGMENT + 1]
             chosen = logits.log_softmax(-1)[torch.arange(len(targets)), targets]

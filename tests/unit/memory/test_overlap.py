@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.memory import reader as reader_module
 from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.layer import Geometry
 from pipeline.memory.reader import BankReader
 from pipeline.memory.search import NOTHING
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.positions import PositionEncoding
 
 BLOCKS, BLOCK = 3, 4
@@ -63,7 +64,8 @@ def test_a_block_is_searched_while_others_travel(monkeypatch: pytest.MonkeyPatch
     bank.append([(key, value)], start=0, documents=documents)
     settings = ReadSettings(num_tokens=24, top_k_chunks=2, query_block_tokens=BLOCK)
     geometry = Geometry(PositionEncoding(), 1.0)
-    reader = BankReader(bank, settings, [geometry], start=2 * length, documents=documents, exchange=Recorded(events))
+    reading = Reading(2 * length, documents)
+    reader = BankReader(bank, settings, [geometry], reading, exchange=Recorded(events))
     query = torch.randn(1, 1, length, 8).requires_grad_()
     read = reader.read(0, query)
 

@@ -18,7 +18,7 @@ from pipeline.planning.shapes import KNOWN_SHAPES, BackboneShape, known_shape, r
 from pipeline.planning.sizes import bank_shape
 from pipeline.planning.text import in_words, plan_text, verdict
 from tests.tiny_config import tiny_config
-from tests.tiny_longmem import TinyLongMem, tiny_tokens
+from tests.tiny_longmem import TinyLongMem, reader_of, tiny_tokens
 from tests.tiny_models import tiny_model
 
 ACTIVATION_TOLERANCE = 0.1  # rows of statistics and the like are not counted
@@ -168,7 +168,7 @@ def test_scores_are_bounded_by_the_run_and_by_the_block(tmp_path):
 
 def test_a_read_on_the_host_makes_a_part_at_once(tmp_path, monkeypatch):
     # One of two heads, 16 queries at a time; the keys of two queries, 8 tokens each, as far as 40 numbers go.
-    monkeypatch.setattr("pipeline.memory.view.CPU_AT_ONCE", 40)
+    monkeypatch.setattr("pipeline.memory.segment.CPU_AT_ONCE", 40)
     scores, candidates, attend = 16 * 20 * 4, 16 * 10 * (2 * 2 * 4 + 12), 2 * 8 * 2 * (4 + 4 + 2 + 4)
     shape = replace(SHAPE, num_kv_heads=2)
     found = size(plan(tmp_path, memory={"device": "host"}, shape=shape), "one read of memory")
@@ -253,7 +253,7 @@ def test_activations_are_what_autograd_keeps(family, fusion, precision):
     tiny.remember(tokens, start=0)
     longmem = tiny.longmem
     encoding = longmem.encode(tokens, torch.zeros_like(tokens))
-    reader = longmem.reader(tiny.bank, start=64, documents=torch.zeros_like(tokens))
+    reader = reader_of(longmem, tiny.bank, start=64, documents=torch.zeros_like(tokens))
     saved = _Saved(longmem.sidenet.parameters())
     with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
         longmem.hidden(encoding, reader)
