@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
-from pipeline.backbone.load import check_weights, read_backbone_config
+from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
 from pipeline.checkpoint.background import Background, wait_for_all
 from pipeline.checkpoint.folder import TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
@@ -37,7 +37,7 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, RankGroup
 from pipeline.memory.place import ShardPlace
 from pipeline.metrics.phases import PhaseTimer
-from pipeline.model.longmem import LongMem, build, layout_of
+from pipeline.model.longmem import DTYPES, LongMem, build, layout_of
 from pipeline.model.stream import Stream
 from pipeline.training.engine_owner import EngineOwner
 from pipeline.training.engines import (
@@ -223,7 +223,13 @@ def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str
         BackboneError: The backbone's files are missing or damaged, or hold other weights than they should.
     """
     engines = Engines(config)
-    causal_lm = engines.load()
+    with engines.partitioning():
+        causal_lm = load_backbone(
+            config.backbone.path,
+            dtype=DTYPES[config.train.precision],
+            attention=config.backbone.attention,
+            who=f" on rank {rank()}",
+        )
     backbone, sidenet = build(config.model, causal_lm, gather=gather_partitions)
     backbone_identity = identity(causal_lm, gather=gather_partitions)
     backbone_engine, engine = engines.start(backbone, sidenet.to(device))
