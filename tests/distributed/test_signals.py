@@ -156,7 +156,7 @@ def asked_while_loading(config: Config) -> None:
             time.sleep(600)
         return load(*args, **kwargs)
 
-    build.load_backbone = load_slowly  # type: ignore[assignment]
+    build.load_backbone = load_slowly
     with Signals() as signals:
         build.build_run(config, signals=signals)
 
