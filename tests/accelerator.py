@@ -15,7 +15,7 @@ def read_as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
     """Everything at once, padded, and products of rows with a vector as batches of matrix products."""
     patch.setattr(attend, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
     for user in (attend, layer):
-        patch.setattr(user, "row_products", lambda q, k, scale: torch.bmm(k, q[..., None])[..., 0].mul_(scale))
+        patch.setattr(user, "row_products", lambda q, k, scale: torch.bmm(q, k.transpose(1, 2)).mul_(scale))
     patch.setattr(search, "at_once", lambda count, *_, **__: count)
 
 

@@ -28,6 +28,7 @@ class Rules:
     top_k_tokens: int
     scope: str = "lane"
     position: str = "none"
+    retrieve_for: str = "head"
 
 
 @dataclass
@@ -98,7 +99,10 @@ def read_memory(
                 query, now = q[row, head, token], start + first + token
                 document = int(documents[row, token])
                 seen = [chunk for chunk in may if _sees(lane_of_row[row], document, chunk, rules.scope)]
-                best = _best(query, keys[:, head // group], seen, now, head, attention, rules)
+                of_kv_head = range(head // group * group, (head // group + 1) * group)
+                asking = of_kv_head if rules.retrieve_for == "kv_head" else [head]
+                asked = {one: q[row, one, token] for one in asking}
+                best = _best(asked, keys[:, head // group], seen, now, attention, rules)
                 found[row, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
                 if not best:
                     rows.append(query.new_zeros(dim))
@@ -138,14 +142,17 @@ def _may_see(visible: Tensor, chunk: Chunk, start: int, rules: Rules) -> bool:
 
 
 def _best(
-    query: Tensor, keys: Tensor, seen: list[Chunk], now: int, head: int, attention: Attention, rules: Rules
+    queries: Mapping[int, Tensor], keys: Tensor, seen: list[Chunk], now: int, attention: Attention, rules: Rules
 ) -> list[Chunk]:
-    """The top chunks of one query by their mean key, read at the distance of the chunk's centre."""
+    """The top chunks for the queries of some heads by their mean key, read at the distance of the chunk's centre."""
     if not seen:
         return []
     means = torch.stack([keys[chunk.lane, chunk.tokens].mean(0) for chunk in seen])
     distances = [now - sum(chunk.positions) / len(chunk.positions) for chunk in seen]
-    scores = _logits(query.detach(), means, distances, head, attention, rules.position).tolist()
+    of_heads = [
+        _logits(query.detach(), means, distances, head, attention, rules.position) for head, query in queries.items()
+    ]
+    scores = torch.stack(of_heads).amax(0).tolist()
     order = sorted(range(len(seen)), key=lambda i: -scores[i])
     return [seen[i] for i in order[: rules.top_k_tokens // rules.chunk_size]]
 

@@ -44,7 +44,10 @@ class MemoryConfig(Section):
     chunk_size: Count = 4
     """Consecutive tokens retrieved together, found by the mean of their keys."""
     top_k_tokens: Count = 64
-    """Tokens that each query head retrieves for each token; a multiple of `chunk_size`."""
+    """Tokens that each query retrieves; a multiple of `chunk_size`."""
+    retrieve_for: Literal["head", "kv_head"] = "head"
+    """Who retrieves: each query head for itself (the paper), or the query heads of a key/value head together, by the
+    best of their scores."""
     scope: Literal["document", "lane", "group"] = "lane"
     """Which past a query sees: its own document's, its lane's, or that of all lanes of its memory group."""
     group_size: Count = 1

@@ -5,8 +5,8 @@ rounds differently with the place and number of its rows, so that chunks that ar
 that differ in the last bits, differently for every split of the memory. Which chunks are retrieved is therefore decided
 by scores that are summed in one fixed order.
 
-Shapes as in `pipeline.memory.segment`; `H` query heads, `Hkv` key/value heads, `D` head size, `s` slots of a run, `m`
-chosen queries, `w` chosen slots of each.
+Shapes as in `pipeline.memory.segment` and `pipeline.memory.pools`; `D` head size, `s` slots of a run, `m` chosen units,
+`w` chosen slots of each.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Queries:
-    """A block of queries, sorted by key/value head and pool.
+    """A block of queries, sorted by key/value head, pool and unit.
 
     Attributes:
-        far: Queries against unrotated keys, float32 `[Hkv, P, N, D]`.
+        far: Queries against unrotated keys, float32 `[Hkv, P, U, u, D]`.
         near: Queries rotated to their place in the segment, same shape; None where no key is read at its distance.
-        offset: Place of each query in its segment, int64 `[N]`.
-        documents: Document of each query, int64 `[P, N]`.
-        slopes: ALiBi slope of each query's head, float32 `[Hkv, P, N]`, or None.
+        offset: Place of each unit in its segment, int64 `[U]`.
+        documents: Document of each unit, int64 `[P, U]`.
+        slopes: ALiBi slope of each query's head, float32 `[Hkv, P, U, u]`, or None.
     """
 
     far: Tensor
@@ -71,7 +71,10 @@ class Queries:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Retrieved tokens: keys and values `[m, w * c, D]`, logits `[m, w * c]`; near keys, and whom they serve."""
+    """Retrieved tokens: keys, values `[m, w * c, D]`, logits `[m, u, w * c]`; near keys, and which tokens are near.
+
+    `is_near` is bool `[m, 1, w * c]`.
+    """
 
     key: Tensor
     value: Tensor
@@ -151,23 +154,23 @@ class LayerView:
         """Gradient of some queries before `queries` rotated them.
 
         Args:
-            grad_far: Gradient of their rows of `Queries.far`, float32 `[m, D]`.
+            grad_far: Gradient of their rows of `Queries.far`, float32 `[m, u, D]`.
             grad_near: Gradient of their rows of `Queries.near`, or None.
             queries: The block.
-            members: Which queries, as numbers in the flattened `[Hkv, P, N]`, int64 `[m]`.
+            members: Which units, as numbers in the flattened `[Hkv, P, U]`, int64 `[m]`.
 
         Returns:
-            Gradient of the unrotated queries, float32 `[m, D]`.
+            Gradient of the unrotated queries, float32 `[m, u, D]`.
         """
         encoding = self.geometry.encoding
         # A rotation's transpose is the rotation by the opposite angle.
         grad = self.segment.rule.far_query(grad_far, encoding, backward=True)
         if grad_near is not None:
-            grad = grad + encoding.rotate(grad_near, -queries.offset[members % len(queries.offset)])
+            grad = grad + encoding.rotate(grad_near, -queries.offset[members % len(queries.offset), None])
         return grad
 
     def run_scores(self, queries: Queries, run: Run, heads: slice) -> Tensor:
-        """Scores of all slots of a run, by a matrix product.
+        """Scores of all slots of a run, by a matrix product: of a unit the best of its queries'.
 
         Args:
             queries: A block of queries, of some heads.
@@ -175,25 +178,25 @@ class LayerView:
             heads: Which key/value heads those are.
 
         Returns:
-            float32 `[Hkv, P, N, s]`.
+            float32 `[Hkv, P, U, s]`.
         """
         asked = _Asked(queries.far, queries.near, None if queries.slopes is None else queries.slopes[..., None])
         slots = slice(run.start, run.stop)
         keys = near_keys = self.chunk_keys[heads, :, slots]
         if not run.near:
-            return self._logits(asked, keys, None, None, _all_products)
+            return _best_of_unit(self._logits(asked, keys, None, None, _all_products), dim=3)
         if self.is_rotary:
             first = int(self.segment.near_index[run.start])
             near_keys = self.near_chunk_keys[heads, :, first : first + run.stop - run.start]
-        distance = (queries.offset[:, None] - self._centre(slots))[None, None]  # [1, 1, N, s]
-        return self._logits(asked, keys, near_keys, distance, _all_products)
+        distance = (queries.offset[:, None] - self._centre(slots))[:, None]  # [U, 1, s]
+        return _best_of_unit(self._logits(asked, keys, near_keys, distance, _all_products), dim=3)
 
     def chunk_scores(self, queries: Queries, members: Tensor, slots: Tensor, *, near: bool) -> Tensor:
-        """Scores of some chunks for some queries, each summed in the same order wherever it stands.
+        """Scores of some chunks for some units, each summed in the same order wherever it stands.
 
         Args:
             queries: A block of queries.
-            members: Which queries, as numbers in the flattened `[Hkv, P, N]`, int64 `[m]`.
+            members: Which units, as numbers in the flattened `[Hkv, P, U]`, int64 `[m]`.
             slots: int64 `[m, w]`.
             near: Whether the slots belong to a near run.
 
@@ -203,14 +206,16 @@ class LayerView:
         keys = self._rows(self.chunk_keys.flatten(0, 2), self._in_layer(queries, members, slots))
         distance = near_keys = None
         if near:
-            distance = queries.offset[members % len(queries.offset), None] - self._centre(slots)
+            distance = (queries.offset[members % len(queries.offset), None] - self._centre(slots))[:, None]
             near_keys = keys
             if self.is_rotary:
                 near_keys = self._rows(self.near_chunk_keys.flatten(0, 2), self._in_near(queries, members, slots))
-        return self._logits(_chosen(queries, members), keys, near_keys, distance, _ordered_products)
+        return _best_of_unit(
+            self._logits(_chosen(queries, members), keys, near_keys, distance, _ordered_products), dim=1
+        )
 
     def tokens(self, queries: Queries, members: Tensor, slots: Tensor) -> Tokens:
-        """What some queries attend to in some chunks.
+        """What some units attend to in some chunks.
 
         Args:
             queries: A block of queries.
@@ -228,13 +233,13 @@ class LayerView:
             near_key = key
             if self.is_rotary:
                 near_key = self._rows(self.near_keys, self._in_near(queries, members, slots)).flatten(1, 2)
-            distance = self.token_distance(queries, members, slots).flatten(1)
+            distance = self.token_distance(queries, members, slots).flatten(1)[:, None]  # [m, 1, w * c]
             is_near = distance <= self.segment.rule.near_limit
         logits = self._logits(_chosen(queries, members), key, near_key, distance, row_products)
         return Tokens(key, value, logits, near_key, is_near)
 
     def token_distance(self, queries: Queries, members: Tensor, slots: Tensor) -> Tensor:
-        """Real distance from some queries to the tokens of some chunks, int64 `[m, w, c]`; arguments as `tokens`."""
+        """Real distance from some units to the tokens of some chunks, int64 `[m, w, c]`; arguments as `tokens`."""
         within = torch.arange(self.segment.chunk_size, device=slots.device)
         position = self.segment.slot_offset[slots][..., None] + within
         return queries.offset[members % len(queries.offset)][:, None, None] - position
@@ -246,14 +251,14 @@ class LayerView:
             queries: A block of queries.
 
         Returns:
-            float32 `[Hkv, P, N]`.
+            float32 `[Hkv, P, U]`.
         """
         factor = 2 * ROUNDING * self.geometry.scale * self.geometry.encoding.attention_scaling
-        bound = queries.far.norm(dim=-1) * self.largest_key[..., None] * factor
-        if queries.slopes is None:
-            return bound
-        farthest = self.segment.settings.num_tokens + self.segment.rule.distance
-        return bound + queries.slopes * farthest * 2.0**-21  # adding ALiBi's bias
+        bound = queries.far.norm(dim=-1) * self.largest_key[..., None, None] * factor  # [Hkv, P, U, u]
+        if queries.slopes is not None:
+            farthest = self.segment.settings.num_tokens + self.segment.rule.distance
+            bound = bound + queries.slopes * farthest * 2.0**-21  # adding ALiBi's bias
+        return _best_of_unit(bound, dim=3)  # the best of some is off by no more than the one that is off most
 
     def _logits(
         self, asked: _Asked, keys: Tensor, near_keys: Tensor | None, distance: Tensor | None, product: Product
@@ -311,20 +316,27 @@ class LayerView:
 
 
 def row_products(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Scaled inner products of each query `[m, D]` with keys of its own `[m, w, D]`, `[m, w]`."""
-    if keys.device.type == "cpu":  # three times as fast there as a batch of matrix-vector products
+    """Scaled inner products of the queries of each unit `[m, u, D]` with keys of its own `[m, w, D]`, `[m, u, w]`."""
+    if keys.device.type == "cpu" and query.shape[1] == 1:  # three times as fast there as matrix-vector products
         return _ordered_products(query, keys, scale)
-    return torch.bmm(keys, query[..., None])[..., 0].mul_(scale)
+    return torch.bmm(query, keys.transpose(1, 2)).mul_(scale)
 
 
 def _ordered_products(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """As `row_products`, each summed in one order, wherever it stands."""
-    return (keys * query[:, None]).sum(dim=-1).mul_(scale)
+    of_each = [(keys * one[:, None]).sum(dim=-1) for one in query.unbind(1)]
+    return (of_each[0][:, None] if len(of_each) == 1 else torch.stack(of_each, dim=1)).mul_(scale)
 
 
 def _all_products(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Scaled inner products of all queries `[..., N, D]` with all keys `[..., s, D]`, `[..., N, s]`."""
-    return torch.matmul(query * scale, keys.transpose(-1, -2))
+    """Scaled inner products of all queries `[..., U, u, D]` with all keys `[..., s, D]`, `[..., U, u, s]`."""
+    products = torch.matmul(query.flatten(-3, -2) * scale, keys.transpose(-1, -2))
+    return products.unflatten(-2, query.shape[-3:-1])
+
+
+def _best_of_unit(scores: Tensor, *, dim: int) -> Tensor:
+    """The largest number of each unit; `dim` is that of its queries."""
+    return scores.squeeze(dim) if scores.shape[dim] == 1 else scores.amax(dim)
 
 
 def _biased(logits: Tensor, slopes: Tensor | None, distance: Tensor | float) -> Tensor:
@@ -333,6 +345,6 @@ def _biased(logits: Tensor, slopes: Tensor | None, distance: Tensor | float) -> 
 
 
 def _chosen(queries: Queries, members: Tensor) -> _Asked:
-    far = queries.far.flatten(0, 2)[members]
+    far = queries.far.flatten(0, 2)[members]  # [m, u, D]
     near = None if queries.near is None else queries.near.flatten(0, 2)[members]
-    return _Asked(far, near, None if queries.slopes is None else queries.slopes.flatten()[members, None])
+    return _Asked(far, near, None if queries.slopes is None else queries.slopes.flatten(0, 2)[members][..., None])

@@ -3,8 +3,10 @@
 A pool holds the slots that are searched together: those of one lane, or under scope `group` those of all lanes. So six
 suffixes, beams or many readers of one text are more queries of one pool, and nothing in the bank is copied.
 
-Shapes: `B` rows that read, `H` query heads, `Hkv` key/value heads, `t` query tokens, `P` pools, `r` rows of a pool,
-`N = r * H / Hkv * t` queries of a pool and key/value head.
+A *unit* is the queries that read the same chunks: one query, or one of each query head of a key/value head.
+
+Shapes: `B` rows that read, `H` query heads, `Hkv` key/value heads, `t` query tokens, `P` pools, `r` rows of a pool, `U`
+units of a pool and key/value head, `u` queries of a unit (`U * u = r * H / Hkv * t`).
 """
 
 from __future__ import annotations
@@ -22,23 +24,26 @@ class Pools:
     Attributes:
         num_pools: `P`.
         num_kv_heads: `Hkv`.
+        is_shared: Whether the query heads of a key/value head read the same chunks.
         rows: Row at each place of each pool, int64 `[P, r]`; None: rows are there in order, equally many a pool.
         places: Where each row is in the flattened `[P, r]`, int64 `[B]`; None: as above.
     """
 
     num_pools: int
     num_kv_heads: int
+    is_shared: bool = False
     rows: Tensor | None = None
     places: Tensor | None = None
 
     @classmethod
-    def of(cls, lane_of_row: Tensor, *, num_pools: int, num_kv_heads: int) -> Pools:
+    def of(cls, lane_of_row: Tensor, *, num_pools: int, num_kv_heads: int, is_shared: bool) -> Pools:
         """Pools of single lanes that rows choose.
 
         Args:
             lane_of_row: The lane that each row reads, int64 `[B]`, on the device of the queries.
             num_pools: Lanes of the bank.
             num_kv_heads: `Hkv`.
+            is_shared: As above.
 
         Returns:
             The rows by pool.
@@ -53,11 +58,12 @@ class Pools:
         places[order] = lane_of_row[order] * most + within
         rows = order.new_zeros(num_pools * most)
         rows[places] = torch.arange(len(order), device=order.device)
-        return cls(num_pools, num_kv_heads, rows.view(num_pools, most), places)
+        return cls(num_pools, num_kv_heads, is_shared, rows.view(num_pools, most), places)
 
-    def num_places(self, num_rows: int) -> int:
-        """Rows of all pools, `P * r`, where so many rows ask."""
-        return num_rows if self.rows is None else self.rows.numel()
+    def num_units(self, num_rows: int, *, num_heads: int, num_tokens: int) -> int:
+        """Units of all pools and key/value heads, `Hkv * P * U`."""
+        places = num_rows if self.rows is None else self.rows.numel()
+        return places * num_tokens * (self.num_kv_heads if self.is_shared else num_heads)
 
     def rows_by_pool(self, x: Tensor) -> Tensor:
         """Sorts what rows have, `[B, ...]`, by pool: `[P, r, ...]`."""
@@ -74,13 +80,20 @@ class Pools:
         )
 
     def by_pool(self, x: Tensor) -> Tensor:
-        """Sorts queries, or what belongs to them, `[B, H, t, ...]`: `[Hkv, P, N, ...]`."""
+        """Sorts queries, or what belongs to them, `[B, H, t, ...]`: `[Hkv, P, U, u, ...]`."""
         chosen = x if self.rows is None else x[self.rows.flatten()]  # [P * r, H, t, ...]
         by_head = chosen.unflatten(1, (self.num_kv_heads, -1)).transpose(0, 1)  # [Hkv, P * r, H / Hkv, t, ...]
-        return by_head.reshape(self.num_kv_heads, self.num_pools, -1, *x.shape[3:])
+        together = by_head.shape[2] if self.is_shared else 1
+        if self.is_shared:
+            by_head = by_head.transpose(2, 3)
+        return by_head.reshape(self.num_kv_heads, self.num_pools, -1, together, *x.shape[3:])
 
     def by_row(self, x: Tensor, *, num_heads: int, num_tokens: int) -> Tensor:
-        """Undoes `by_pool`: `[Hkv * P * N, ...]` to `[B, H, t, ...]`."""
-        split = x.reshape(self.num_kv_heads, -1, num_heads // self.num_kv_heads, num_tokens, *x.shape[1:])
+        """Undoes `by_pool`: `[Hkv * P * U, u, ...]` to `[B, H, t, ...]`."""
+        of_head, rest = num_heads // self.num_kv_heads, x.shape[2:]
+        if self.is_shared:
+            split = x.reshape(self.num_kv_heads, -1, num_tokens, of_head, *rest).transpose(2, 3)
+        else:
+            split = x.reshape(self.num_kv_heads, -1, of_head, num_tokens, *rest)
         rows = split.transpose(0, 1).flatten(1, 2)  # [P * r, H, t, ...]
         return rows if self.places is None else rows[self.places]

@@ -11,8 +11,8 @@ One rank alone is a group of one: the same road, without traffic. For every bloc
 Backward: the owner gives each query's gradient to the ranks that hold chunks it read; they attend backward and give
 partial gradients back. No key or value travels, and nothing to or from a rank that holds nothing a query read.
 
-Shapes: `G` ranks of the group, `B` lanes, `H` query heads, `T` segment tokens, `t` of a block, `D` head size,
-`n` queries of a block of one rank: `B H t`, and those that fill pools up (`pipeline.memory.pools`).
+Shapes: `G` ranks of the group, `B` rows, `H` query heads, `T` segment tokens, `t` of a block, `D` head size, `n` units
+of a block of one rank (`pipeline.memory.pools`), `u` queries of a unit.
 """
 
 from __future__ import annotations
@@ -147,12 +147,13 @@ class _Group:
         return self.views[self.exchange.rank]
 
     def by_row(self, x: Tensor, query: Tensor, tokens: slice) -> Tensor:
-        """What a block's queries got, `[n, ...]`, by row of the segment's queries `[B, H, T, D]`: `[B, H, t, ...]`."""
+        """What a block's queries got, `[n, u, ...]`, by row of its queries `[B, H, T, D]`: `[B, H, t, ...]`."""
         return self.own.segment.pools.by_row(x, num_heads=query.shape[1], num_tokens=tokens.stop - tokens.start)
 
-    def num_queries(self, query: Tensor, tokens: slice) -> int:
+    def num_units(self, query: Tensor, tokens: slice) -> int:
         """`n` of a block of the segment's queries `[B, H, T, D]`."""
-        return self.own.segment.pools.num_places(len(query)) * query.shape[1] * (tokens.stop - tokens.start)
+        sizes = {"num_heads": query.shape[1], "num_tokens": tokens.stop - tokens.start}
+        return self.own.segment.pools.num_units(len(query), **sizes)
 
     def blocks(self, query: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of a segment's queries `[B, H, T, D]`, gathered from all ranks, `[G, B, H, t, D]`.
@@ -177,7 +178,7 @@ class _Group:
         return self.exchange.all_to_all(parts, rows=[len(held) for held in block.shared.holders], purpose=purpose)
 
     def to_holders(self, block: _Block, x: Tensor, *, purpose: str) -> Callable[[], list[Tensor]]:
-        """Starts to give rows of this rank's queries `[n, ...]` to the ranks that hold what they read."""
+        """Starts to give rows of this rank's units `[n, ...]` to the ranks that hold what they read."""
         rows = [len(winners.members) for winners in block.shared.winners]
         return self.exchange.all_to_all([x[held] for held in block.shared.holders], rows=rows, purpose=purpose)
 
@@ -195,9 +196,9 @@ class _Read(torch.autograd.Function):
         def land() -> None:
             block, wait = on_the_way.pop(0)
             partials = [Partial.unpacked(part) for part in wait()]
-            partial = combine(partials, block.shared.holders, group.num_queries(query, block.tokens))
+            partial = combine(partials, block.shared.holders, group.num_units(query, block.tokens))
             total = partial.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
-            values[:, :, block.tokens] = group.by_row(partial.weighted / total[:, None], query, block.tokens)
+            values[:, :, block.tokens] = group.by_row(partial.weighted / total[..., None], query, block.tokens)
             log_sum_exp[:, :, block.tokens] = group.by_row(partial.maximum + total.log(), query, block.tokens)
 
         def read(tokens: slice, gathered: Tensor, queries: list[Queries], sharing: Callable[[], Shared]) -> None:
@@ -248,8 +249,9 @@ class _Read(torch.autograd.Function):
 
         def land() -> None:
             block, wait = on_the_way.pop(0)
-            rows = values.new_zeros(group.num_queries(values, block.tokens), dim)
-            for held, part in zip(block.shared.holders, wait(), strict=True):
+            parts = wait()
+            rows = values.new_zeros(group.num_units(values, block.tokens), *parts[0].shape[1:])
+            for held, part in zip(block.shared.holders, parts, strict=True):
                 rows[held] += part
             grad_query[:, :, block.tokens] = group.by_row(rows, values, block.tokens)
 
@@ -261,8 +263,10 @@ class _Read(torch.autograd.Function):
             queries = group.queries(block.tokens, block.query)
             work = zip(group.views, queries, block.shared.winners, received, strict=True)
             parts = [
-                attend_backward(view, own, winners, grad=row[:, :dim], offset=row[:, dim], log_sum_exp=row[:, dim + 1])
-                for view, own, winners, row in work
+                attend_backward(
+                    view, own, won, grad=row[..., :dim], offset=row[..., dim], log_sum_exp=row[..., dim + 1]
+                )
+                for view, own, won, row in work
             ]
             on_the_way.append((block, group.to_owners(block, parts, purpose="query_gradients")))
             if len(on_the_way) > 1:

@@ -1,11 +1,11 @@
-"""Exact search: each query's best chunks by `q . mean(keys of the chunk)`.
+"""Exact search: each unit's best chunks by `q . mean(keys of the chunk)`, the best of its queries' scores.
 
 Shapes as in `pipeline.memory.layer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Retrieved:
     """The chunks that each query reads.
 
     Attributes:
-        keys: What chunks are chosen by, larger is better, int64 `[Hkv, P, N, k']` with `k' <= k`: the float32 score in
+        keys: What chunks are chosen by, larger is better, int64 `[Hkv, P, U, k']` with `k' <= k`: the float32 score in
             the upper half, the slot's order (`SegmentView.slot_order`) in the lower. No two chunks of a memory layer
             have the same key for a query, so that equal scores are decided alike however the memory is split.
         slots: int64, same shape; meaningless where nothing was found.
@@ -37,13 +37,13 @@ class Retrieved:
 
     @property
     def scores(self) -> Tensor:
-        """Scores, float32 `[Hkv, P, N, k']`; `-inf` where fewer chunks are visible."""
+        """Scores, float32 `[Hkv, P, U, k']`; `-inf` where fewer chunks are visible."""
         upper = self.keys >> _LOW_BITS
         return torch.where(upper < 0, upper ^ _FLIP, upper).to(torch.int32).view(torch.float32)
 
     @property
     def valid(self) -> Tensor:
-        """Which entries hold a chunk, bool `[Hkv, P, N, k']`."""
+        """Which entries hold a chunk, bool `[Hkv, P, U, k']`."""
         return self.scores != NOTHING
 
     def padded(self, k: int) -> Retrieved:
@@ -101,7 +101,7 @@ def search(view: LayerView, queries: Queries) -> Retrieved:
         found = _with_torch(view, queries, run) if run.near else backend(view, queries, run)
         best = found if best is None else _best_of(best, found, view.segment.settings.top_k_chunks)
     if best is None:
-        empty = queries.far[..., :0].long()
+        empty = queries.far[..., 0, :0].long()
         return Retrieved(empty, empty)
     return best
 
@@ -112,25 +112,26 @@ def _best_of(first: Retrieved, second: Retrieved, k: int) -> Retrieved:
     return Retrieved(top.values, torch.cat([first.slots, second.slots], dim=-1).gather(-1, top.indices))
 
 
-def numbers_of_search(num_slots: int, *, k: int, dim: int) -> int:
-    """Temporary numbers of one query's search: scores, and candidates whose scores are worked out again.
+def numbers_of_search(num_slots: int, *, k: int, unit: Sequence[int]) -> int:
+    """Temporary numbers of one unit's search: scores, and candidates whose scores are worked out again.
 
     Args:
         num_slots: Slots of a run.
         k: Chunks wanted.
-        dim: `D`.
+        unit: `u` and `D`.
 
     Returns:
         How many.
     """
-    return num_slots + min(k + MARGIN, num_slots) * 2 * dim
+    num_queries, dim = unit
+    return num_queries * num_slots + min(k + MARGIN, num_slots) * 2 * dim
 
 
 def _with_torch(view: LayerView, queries: Queries, run: Run) -> Retrieved:
     bound = view.rounding_bound(queries)
     num_kv_heads, num_slots = len(bound), run.stop - run.start
-    of_a_query = numbers_of_search(num_slots, k=view.segment.settings.top_k_chunks, dim=queries.far.shape[-1])
-    step = at_once(num_kv_heads, bound[0].numel() * of_a_query, device=view.segment.device.type)
+    of_a_unit = numbers_of_search(num_slots, k=view.segment.settings.top_k_chunks, unit=queries.far.shape[3:])
+    step = at_once(num_kv_heads, bound[0].numel() * of_a_unit, device=view.segment.device.type)
     found = [
         _of_heads(view, queries, run, slice(first, first + step), bound[first : first + step])
         for first in range(0, num_kv_heads, step)
@@ -139,7 +140,7 @@ def _with_torch(view: LayerView, queries: Queries, run: Run) -> Retrieved:
 
 
 def _of_heads(view: LayerView, queries: Queries, run: Run, heads: slice, bound: Tensor) -> Retrieved:
-    """The best of a run for some key/value heads; `bound` `[heads, P, N]` as `rounding_bound` gives it."""
+    """The best of a run for some key/value heads; `bound` `[heads, P, U]` as `rounding_bound` gives it."""
     scores = view.run_scores(queries.of_heads(heads), run, heads)
     hidden = view.segment.hidden(queries.documents, run)
     if hidden is not None:
@@ -173,11 +174,11 @@ def _choose(
 
 
 def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
-    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, P, N]`; None: no query.
+    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, P, U]`; None: no query.
 
     Args:
-        scores: Candidates' scores, best first, `[Hkv, P, N, w]`.
-        bound: As `rounding_bound` gives it, `[Hkv, P, N]`.
+        scores: Candidates' scores, best first, `[Hkv, P, U, w]`.
+        bound: As `rounding_bound` gives it, `[Hkv, P, U]`.
         k: Chunks wanted.
 
     Returns:
@@ -189,12 +190,12 @@ def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
 
 
 def _with_faiss(view: LayerView, queries: Queries, run: Run) -> Retrieved:
-    """The far part of the search by faiss's exact inner-product search, on the host."""
-    num_slots, (num_kv_heads, num_pools, num_queries, _) = run.stop - run.start, queries.far.shape
+    """The far part of the search by faiss's exact inner-product search, on the host; units of one query."""
+    num_slots, (num_kv_heads, num_pools, num_queries, *_) = run.stop - run.start, queries.far.shape
     k = min(view.segment.settings.top_k_chunks, num_slots)
     scores = torch.full((num_kv_heads, num_pools, num_queries, min(k + MARGIN, num_slots)), NOTHING)
     indices = torch.zeros(scores.shape, dtype=torch.int64)
-    chunk_keys, far = view.chunk_keys[:, :, run.start : run.stop].cpu(), queries.far.cpu()
+    chunk_keys, far = view.chunk_keys[:, :, run.start : run.stop].cpu(), queries.far[..., 0, :].cpu()
     hidden = view.segment.hidden(queries.documents, run)
     for pool in range(num_pools):
         for members, columns in _searched_together(
@@ -209,11 +210,11 @@ def _with_faiss(view: LayerView, queries: Queries, run: Run) -> Retrieved:
         return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
     everyone = torch.arange(num_kv_heads * num_pools * num_queries, device=view.segment.device)
     chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)
-    return Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
+    return Retrieved(*(part.view(*queries.far.shape[:3], k) for part in (chosen.keys, chosen.slots)))
 
 
 def _searched_together(hidden: Tensor | None, num_queries: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
-    """Queries of a pool that see the same slots of a run, and those slots; `hidden` bool `[N, s]`."""
+    """Queries of a pool that see the same slots of a run, and those slots; `hidden` bool `[U, s]`."""
     if hidden is None:
         return [(torch.arange(num_queries), torch.arange(num_slots))]
     kinds, kind_of_query = hidden.unique(dim=0, return_inverse=True)

@@ -1,8 +1,8 @@
 """What the queries of one segment may see, whichever memory layer they read: slots, cut into runs.
 
 Shapes: `B` rows that read, `C` chunks of a ring, `c` tokens of a chunk, `M` tokens of a lane that are remembered, `t`
-query tokens. `P` pools of `S` slots: under scope `group` all lanes are one pool, otherwise each lane is its own. `N`
-queries of a pool and key/value head.
+query tokens. `P` pools of `S` slots: under scope `group` all lanes are one pool, otherwise each lane is its own. `U`
+units of a pool and key/value head (`pipeline.memory.pools`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class ReadSettings:
         rule: The distance that memory is read at.
         search: `torch` or `faiss`; both exact.
         query_block_tokens: Query tokens of a row searched at once.
+        retrieve_for: `head`: each query head reads chunks of its own; `kv_head`: the query heads of a key/value head
+            read the same ones, whose scores are best for some of them.
     """
 
     num_tokens: int
@@ -57,6 +59,7 @@ class ReadSettings:
     rule: PositionRule = field(default_factory=lambda: PositionRule("none"))
     search: str = "torch"
     query_block_tokens: int = 64
+    retrieve_for: str = "head"
 
 
 @dataclass(frozen=True)
@@ -139,16 +142,17 @@ class SegmentView:
         return torch.arange(tokens.start, tokens.stop, device=self.device) + self.reading.first
 
     def documents(self, tokens: slice, *, num_heads: int) -> Tensor:
-        """Document of each query, int64 `[P, N]`."""
-        of_head = self.reading.documents[:, None, tokens].to(self.device)
-        by_head = of_head.expand(-1, num_heads // self.pools.num_kv_heads, -1)  # [B, H / Hkv, t]
-        return self.pools.rows_by_pool(by_head).flatten(1)
+        """Document of each unit, int64 `[P, U]`."""
+        of_unit = self.reading.documents[:, None, tokens].to(self.device)
+        if not self.pools.is_shared:
+            of_unit = of_unit.expand(-1, num_heads // self.pools.num_kv_heads, -1)  # [B, H / Hkv, t]
+        return self.pools.rows_by_pool(of_unit).flatten(1)
 
     def hidden(self, documents: Tensor, run: Run) -> Tensor | None:
-        """Which slots of a run each query must not see: bool `[P, N, s]`; None: it sees them all.
+        """Which slots of a run each unit must not see: bool `[P, U, s]`; None: it sees them all.
 
         Args:
-            documents: Document of each query, int64 `[P, N]`.
+            documents: Document of each unit, int64 `[P, U]`.
             run: The slots.
 
         Returns:
@@ -165,11 +169,11 @@ class SegmentView:
         return hidden
 
     def _pools(self, lane_of_row: Tensor | None, num_lanes: int, num_kv_heads: int) -> Pools:
-        if self.settings.scope == "group":
-            return Pools(1, num_kv_heads)
-        if lane_of_row is None:
-            return Pools(num_lanes, num_kv_heads)
-        return Pools.of(lane_of_row.to(self.device), num_pools=num_lanes, num_kv_heads=num_kv_heads)
+        is_shared = self.settings.retrieve_for == "kv_head"
+        if self.settings.scope == "group" or lane_of_row is None:
+            return Pools(1 if self.settings.scope == "group" else num_lanes, num_kv_heads, is_shared)
+        lanes = lane_of_row.to(self.device)
+        return Pools.of(lanes, num_pools=num_lanes, num_kv_heads=num_kv_heads, is_shared=is_shared)
 
     def _runs(self, positions: np.ndarray) -> Iterator[Run]:
         """Cuts the visible slots into runs of at most SLOTS_PER_BLOCK, far ones first."""

@@ -3,7 +3,7 @@
 Scores travel, then each query's `k`-th best. Only where equal scores straddle the `k`-th place do the orders that
 decide between them (`SegmentView.slot_order`) travel too.
 
-Shapes: `G` ranks of the group, `n = Hkv * P * N` queries of a block of one rank (all ranks have as many), `k` chunks of
+Shapes: `G` ranks of the group, `n = Hkv * P * U` units of a block of one rank (all ranks have as many), `k` chunks of
 a query.
 """
 
@@ -26,7 +26,7 @@ class Winners:
     """What some queries of a block attend to in one shard: queries without any are left out.
 
     Attributes:
-        members: Which queries, as numbers in the flattened `[Hkv, P, N]`, ascending, int64 `[m]`.
+        members: Which queries, as numbers in the flattened `[Hkv, P, U]`, ascending, int64 `[m]`.
         slots: Their chunks, best first, int32 `[m, w]` with `w <= k`; meaningless beyond the count.
         counts: How many chunks each has, at least 1, int32 `[m]`.
     """

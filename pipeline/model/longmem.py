@@ -83,6 +83,7 @@ class LongMem:
             scope=memory.scope,
             rule=PositionRule.parse(memory.position),
             search=memory.search,
+            retrieve_for=memory.retrieve_for,
             query_block_tokens=memory.query_block_tokens,
         )
         sources = sidenet.layout.memory_sources

@@ -103,7 +103,8 @@ def measured_choices() -> Iterator[list[float]]:
         wider.segment = segment
         scores = search(wider, queries).scores
         if scores.shape[-1] > k:
-            unit = queries.far.norm(dim=-1) * view.largest_key[..., None] * view.geometry.scale
+            lengths = queries.far.norm(dim=-1).amax(dim=-1)
+            unit = lengths * view.largest_key[..., None] * view.geometry.scale
             gaps = (scores[..., k - 1] - scores[..., k]) / unit
             found.extend(gaps[gaps > 0].tolist())
         return search(view, queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -175,6 +176,7 @@ def test_only_the_last_tokens_are_visible_by_hand() -> None:
 
 LANE_OF_ROW = [1, 1, 0, 1, 1]  # more rows than lanes, one of which few read; rows change lanes in no order
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "none": {},
     "lane_of_row": {"lane_of_row": torch.tensor(LANE_OF_ROW)},
     "first": {"first": 5},
     "visible": {"visible": torch.tensor([[True, False, True, False, True], [False] * 5])},
@@ -190,16 +192,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("position", ["none", "clamp:14"])
 @pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_rows_that_choose_what_they_read(attention: str, scope: str, position: str, arguments: str) -> None:
+@pytest.mark.parametrize("retrieve_for", ["head", "kv_head"])
+def test_rows_that_choose_what_they_read(
+    attention: str, scope: str, position: str, arguments: str, retrieve_for: str
+) -> None:
     """Whose memory, from where in a segment, and what of it: chunks, values and gradients against float64."""
     world, documents, start = make(scope, position, attention=attention)
+    world.rules = replace(world.rules, retrieve_for=retrieve_for)
     reading = ARGUMENTS[arguments]
     if "lane_of_row" in reading:
         documents = documents[LANE_OF_ROW]
     query = world.randn(len(documents), HEADS, TOKENS, DIM)
     exact = query.double().requires_grad_(True)
     expected = world.expected(exact, documents, start=start, **reading)
-    for backend in ("torch", "faiss"):
+    for backend in ("torch", "faiss") if retrieve_for == "head" else ("torch",):
         found = world.retrieved(query, documents, start=start, search_by=backend, **reading)
         assert found == expected.chunks
     query.requires_grad_(True)

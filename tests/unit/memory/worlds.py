@@ -84,6 +84,7 @@ class World:
             rule=PositionRule.parse(rules.position),
             search=search,
             query_block_tokens=block,
+            retrieve_for=rules.retrieve_for,
         )
 
     def reader(
@@ -112,7 +113,9 @@ class World:
         if got.slots.shape[-1] == 0:
             return {(row, head, token): [] for row, head, token in everyone}
         sizes = {"num_heads": query.shape[1], "num_tokens": query.shape[2]}
-        slots, valid = (segment.pools.by_row(x.flatten(0, 2), **sizes) for x in (got.slots, got.valid))
+        together = HEADS // KV_HEADS if segment.pools.is_shared else 1
+        of_units = (x.flatten(0, 2)[:, None].expand(-1, together, -1) for x in (got.slots, got.valid))
+        slots, valid = (segment.pools.by_row(x, **sizes) for x in of_units)
         chunks = self.bank.shape.num_chunks
         found = {}
         for row, head, token in everyone:
