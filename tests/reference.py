@@ -29,6 +29,7 @@ class Rules:
     scope: str = "lane"
     position: str = "none"
     retrieve_for: str = "head"
+    window_tokens: int = 0
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Read:
     values: Tensor
     log_sum_exp: Tensor
     chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (row, head, token) -> (lane, first position)
+    window: Read | None = None  # the same of the last tokens before the segment, which are read whole
 
 
 def read_memory(
@@ -77,45 +79,77 @@ def read_memory(
     documents: Tensor,
     first: int = 0,
     lane_of_row: Sequence[int] | None = None,
+    retrieve_from: Sequence[int] | None = None,
     visible: Tensor | None = None,
 ) -> Read:
     """Design section 3 and 4, word by word, for unrotated queries `[B, H, T, D]`.
 
     The queries stand `first` tokens inside the segment; row `b` reads lane `lane_of_row[b]`, of which it may see the
-    chunks that `visible[b]` says, the newest one last.
+    chunks that `visible[b]` says, the newest one last. The window is of that lane; older chunks are of lane
+    `retrieve_from[b]`, if that is said.
     """
     num_rows, num_heads, num_tokens, dim = q.shape
     lane_of_row = range(num_rows) if lane_of_row is None else lane_of_row
+    retrieve_from = lane_of_row if retrieve_from is None else retrieve_from
     if not past.keys:
         return Read(torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf), {})
     keys, values, owner = torch.cat(past.keys, 2), torch.cat(past.values, 2), torch.cat(past.documents, 1)
     group = num_heads // keys.shape[1]
     every = _chunks(past, owner, rules, start)
+    is_recent = [chunk.positions[0] >= start - rules.window_tokens for chunk in every]
+    older = [chunk for chunk, recent in zip(every, is_recent, strict=True) if not recent]
+    window = [chunk for chunk, recent in zip(every, is_recent, strict=True) if recent]
     rows, log_sum_exps, found = [], [], {}
+    recent_rows: list[Tensor] = []
+    recent_lse: list[Tensor] = []
     for row in range(num_rows):
-        may = [chunk for chunk in every if visible is None or _may_see(visible[row], chunk, start, rules)]
+        may = [chunk for chunk in older if visible is None or _may_see(visible[row], chunk, start, rules)]
+        near = [chunk for chunk in window if visible is None or _may_see(visible[row], chunk, start, rules)]
         for head in range(num_heads):
             for token in range(num_tokens):
                 query, now = q[row, head, token], start + first + token
                 document = int(documents[row, token])
-                seen = [chunk for chunk in may if _sees(lane_of_row[row], document, chunk, rules.scope)]
+                seen = [chunk for chunk in may if _sees(retrieve_from[row], document, chunk, rules.scope)]
+                of_lane = [chunk for chunk in near if chunk.lane == lane_of_row[row]]
+                whole = [c for c in of_lane if _sees(lane_of_row[row], document, c, rules.scope)]
+                for into, value in zip(
+                    (recent_rows, recent_lse),
+                    _attend(query, keys, values, whole, now, head, group, attention, "true"),
+                    strict=True,
+                ):
+                    into.append(value)
                 of_kv_head = range(head // group * group, (head // group + 1) * group)
                 asking = of_kv_head if rules.retrieve_for == "kv_head" else [head]
                 asked = {one: q[row, one, token] for one in asking}
                 best = _best(asked, keys[:, head // group], seen, now, attention, rules)
                 found[row, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
-                if not best:
-                    rows.append(query.new_zeros(dim))
-                    log_sum_exps.append(query.new_tensor(-math.inf))
-                    continue
-                key = torch.cat([keys[c.lane, head // group, c.tokens] for c in best])
-                distances = [now - at for c in best for at in c.positions]
-                logits = _logits(query, key, distances, head, attention, rules.position)
-                value = torch.cat([values[c.lane, head // group, c.tokens] for c in best])
-                rows.append(torch.softmax(logits, 0) @ value)
-                log_sum_exps.append(torch.logsumexp(logits, 0))
+                read = _attend(query, keys, values, best, now, head, group, attention, rules.position)
+                rows.append(read[0])
+                log_sum_exps.append(read[1])
     shape = (num_rows, num_heads, num_tokens)
-    return Read(torch.stack(rows).view(*shape, dim), torch.stack(log_sum_exps).view(shape), found)
+    recent = Read(torch.stack(recent_rows).view(*shape, dim), torch.stack(recent_lse).view(shape), {})
+    values, log_sum_exp = torch.stack(rows).view(*shape, dim), torch.stack(log_sum_exps).view(shape)
+    return Read(values, log_sum_exp, found, recent if rules.window_tokens else None)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chunks: list[Chunk],
+    now: int,
+    head: int,
+    group: int,
+    attention: Attention,
+    position: str,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one query over the tokens of some chunks, and its log-sum-exp."""
+    if not chunks:
+        return query.new_zeros(query.shape), query.new_tensor(-math.inf)
+    key = torch.cat([keys[c.lane, head // group, c.tokens] for c in chunks])
+    value = torch.cat([values[c.lane, head // group, c.tokens] for c in chunks])
+    logits = _logits(query, key, [now - at for c in chunks for at in c.positions], head, attention, position)
+    return torch.softmax(logits, 0) @ value, torch.logsumexp(logits, 0)
 
 
 def _chunks(past: Past, owner: Tensor, rules: Rules, start: int) -> list[Chunk]:

@@ -67,7 +67,7 @@ def combine(partials: list[Partial], members: list[Tensor], num_units: int) -> P
     """Adds partial results over different keys up, in the order given.
 
     Args:
-        partials: Each for some of the units.
+        partials: Each for some of the units; there is at least one.
         members: Which, int64 `[m]` each, no unit twice.
         num_units: `n`.
 
@@ -80,7 +80,8 @@ def combine(partials: list[Partial], members: list[Tensor], num_units: int) -> P
     for partial, member in zip(partials, members, strict=True):
         maximum[member] = torch.maximum(maximum[member], partial.maximum)
     for partial, member in zip(partials, members, strict=True):
-        factor = torch.exp(partial.maximum - maximum[member])
+        # A query may see nothing of what is read whole: its maximum stays -inf.
+        factor = torch.exp(partial.maximum - maximum[member].clamp_min(torch.finfo(torch.float32).min))
         total[member] += partial.total * factor
         weighted[member] += partial.weighted * factor[..., None]
     return Partial(maximum, total, weighted)

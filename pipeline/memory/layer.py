@@ -238,6 +238,41 @@ class LayerView:
         logits = self._logits(_chosen(queries, members), key, near_key, distance, row_products)
         return Tokens(key, value, logits, near_key, is_near)
 
+    @cached_property
+    def window_keys(self) -> Tensor:
+        """Keys of all near slots at their real distance, float32 `[Hkv, P, n * c, D]`."""
+        keys = self.near_keys if self.is_rotary else self._of_near(self.keys)
+        return keys.float().view(*self.chunk_keys.shape[:2], -1, keys.shape[-1])
+
+    @cached_property
+    def window_values(self) -> Tensor:
+        """Values of all near slots, float32 `[Hkv, P, n * c, D]`."""
+        values = self._of_near(self.values)
+        return values.float().view(*self.chunk_keys.shape[:2], -1, values.shape[-1])
+
+    def window_logits(self, queries: Queries, hidden: float) -> Tensor:
+        """Logits of a block against all tokens of near slots, each at its real distance.
+
+        Args:
+            queries: A block of queries.
+            hidden: Logit of a token that a query must not see.
+
+        Returns:
+            float32 `[Hkv, P, U * u, n * c]`.
+        """
+        segment = self.segment
+        assert queries.near is not None
+        logits = _all_products(queries.near, self.window_keys, self.geometry.scale)  # [Hkv, P, U, u, n * c]
+        if queries.slopes is not None:
+            within = torch.arange(segment.chunk_size, device=segment.device)
+            places = (segment.slot_offset[segment.near_slots, None] + within).flatten()
+            logits = _biased(logits, queries.slopes[..., None], (queries.offset[:, None] - places)[:, None])
+        masks = [segment.hidden(queries.documents, run) for run in segment.runs]
+        if any(mask is not None for mask in masks):
+            unseen = torch.cat([mask for mask in masks if mask is not None], dim=-1)  # [P, U, n]
+            logits = logits.masked_fill(unseen.repeat_interleave(segment.chunk_size, dim=-1)[:, :, None], hidden)
+        return logits.flatten(2, 3)
+
     def token_distance(self, queries: Queries, members: Tensor, slots: Tensor) -> Tensor:
         """Real distance from some units to the tokens of some chunks, int64 `[m, w, c]`; arguments as `tokens`."""
         within = torch.arange(self.segment.chunk_size, device=slots.device)
@@ -292,9 +327,12 @@ class LayerView:
         self.near_chunk_keys = encoding.rotate(
             self.chunk_keys[:, :, segment.near_slots], self._centre(segment.near_slots)
         )
-        by_slot = self.keys.view(*self.chunk_keys.shape[:3], *self.keys.shape[1:])  # [Hkv, P, S, c, D]
-        tokens = by_slot[:, :, segment.near_slots].float()
+        tokens = self._of_near(self.keys).float()
         self.near_keys = encoding.rotate(tokens, offset[:, None] + within).flatten(0, 2)  # [Hkv * P * n, c, D]
+
+    def _of_near(self, tokens: Tensor) -> Tensor:
+        """Near slots of `keys` or `values`, `[Hkv, P, n, c, D]`."""
+        return tokens.view(*self.chunk_keys.shape[:3], *tokens.shape[1:])[:, :, self.segment.near_slots]
 
     def _in_layer(self, queries: Queries, members: Tensor, slots: Tensor) -> Tensor:
         """Slots as rows of `keys`, `[m, w]`."""

@@ -44,13 +44,15 @@ class ReadSettings:
 
     Attributes:
         num_tokens: `M`, how far back memory reaches, in tokens of a lane.
-        top_k_chunks: `k`, chunks that each query reads.
+        top_k_chunks: `k`, chunks that each query reads; 0: none.
         scope: `document`, `lane` or `group`.
         rule: The distance that memory is read at.
         search: `torch` or `faiss`; both exact.
         query_block_tokens: Query tokens of a row searched at once.
         retrieve_for: `head`: each query head reads chunks of its own; `kv_head`: the query heads of a key/value head
             read the same ones, whose scores are best for some of them.
+        window_tokens: `W`, tokens right before the segment that are read whole, at their real distance; what is
+            retrieved is older.
     """
 
     num_tokens: int
@@ -60,6 +62,7 @@ class ReadSettings:
     search: str = "torch"
     query_block_tokens: int = 64
     retrieve_for: str = "head"
+    window_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Reading:
         segment_tokens: Tokens of a segment; None: as many as there are queries.
         lane_of_row: Whose memory each row reads, int64 `[B]`; None: row `b` that of lane `b`. Means nothing under scope
             `group`, where every row reads all lanes.
+        retrieve_from: The lane of which each row reads what is retrieved, int64 `[B]`; None: as `lane_of_row`. The
+            window is always that of `lane_of_row`.
         visible: Which of the remembered chunks a row may see, bool `[B, M / c]`, the one right before the segment last;
             None: all. Under scope `group` it holds for every lane that the row reads.
     """
@@ -82,6 +87,7 @@ class Reading:
     first: int = 0
     segment_tokens: int | None = None
     lane_of_row: Tensor | None = None
+    retrieve_from: Tensor | None = None
     visible: Tensor | None = None
 
 
@@ -108,6 +114,7 @@ class SegmentView:
         settings: How memory is read.
         reading: The rows that read.
         rule: The distance that memory is read at.
+        is_window: Whether these are the slots that are read whole, not those that are searched.
 
     Attributes:
         pools: Which rows read which pool.
@@ -120,11 +127,20 @@ class SegmentView:
         near_index: Where each slot is among them, int64 `[S]`; 0 for others.
     """
 
-    def __init__(self, bank: MemoryBank, settings: ReadSettings, reading: Reading, rule: PositionRule) -> None:
-        shape, self.device = bank.shape, bank.device
+    def __init__(
+        self,
+        bank: MemoryBank,
+        settings: ReadSettings,
+        reading: Reading,
+        rule: PositionRule,
+        *,
+        is_window: bool = False,
+    ) -> None:
+        shape, self.device, self.is_window = bank.shape, bank.device, is_window
         self.settings, self.reading, self.rule, self.chunk_size = settings, reading, rule, shape.chunk_size
-        is_joined = settings.scope == "group"
-        self.pools = self._pools(reading.lane_of_row, shape.num_lanes, shape.num_kv_heads)
+        is_joined = settings.scope == "group" and not is_window  # a window is of one lane, whatever else is seen
+        lane_of_row = reading.lane_of_row if is_window or reading.retrieve_from is None else reading.retrieve_from
+        self.pools = self._pools(lane_of_row, shape.num_lanes, shape.num_kv_heads)
         self.num_slots = shape.num_chunks * (shape.num_lanes if is_joined else 1)
         self.slot_documents = bank.documents.view(self.pools.num_pools, self.num_slots)
         positions = np.tile(bank.positions, shape.num_lanes if is_joined else 1)
@@ -169,16 +185,20 @@ class SegmentView:
         return hidden
 
     def _pools(self, lane_of_row: Tensor | None, num_lanes: int, num_kv_heads: int) -> Pools:
+        is_joined = self.settings.scope == "group" and not self.is_window
         is_shared = self.settings.retrieve_for == "kv_head"
-        if self.settings.scope == "group" or lane_of_row is None:
-            return Pools(1 if self.settings.scope == "group" else num_lanes, num_kv_heads, is_shared)
+        if is_joined or lane_of_row is None:
+            return Pools(1 if is_joined else num_lanes, num_kv_heads, is_shared)
         lanes = lane_of_row.to(self.device)
         return Pools.of(lanes, num_pools=num_lanes, num_kv_heads=num_kv_heads, is_shared=is_shared)
 
     def _runs(self, positions: np.ndarray) -> Iterator[Run]:
         """Cuts the visible slots into runs of at most SLOTS_PER_BLOCK, far ones first."""
-        start = self.reading.start
-        visible = (positions >= 0) & (positions < start) & (positions >= start - self.settings.num_tokens)
+        start, window = self.reading.start, self.settings.window_tokens
+        oldest, end = (window, 0) if self.is_window else (self.settings.num_tokens, window)
+        visible = (positions >= 0) & (positions < start - end) & (positions >= start - oldest)
+        if not self.is_window and self.settings.top_k_chunks == 0:
+            visible[:] = False
         nearest = start + self.reading.first - (positions + self.chunk_size - 1)
         near = nearest <= self.rule.near_limit
         for mask, is_near in ((visible & ~near, False), (visible & near, True)):

@@ -102,9 +102,9 @@ def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Callable[[],
     Returns:
         Waits for the scores, and returns the winners and where those of this rank's own queries are.
     """
-    if exchange.size == 1:
-        alone = Winners.of(found[0])
-        return lambda: Shared([alone], [alone.members])
+    if exchange.size == 1 or k == 0:
+        found_here = [Winners.of(retrieved) for retrieved in found]
+        return lambda: Shared(found_here, [winners.members for winners in found_here])
     found = [retrieved.padded(k) for retrieved in found]
     scores = [retrieved.scores.flatten(0, 2) for retrieved in found]
     rows = [len(scores[exchange.rank])] * exchange.size

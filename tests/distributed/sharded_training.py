@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.data.lanes import Lanes
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import gather, world_size
-from pipeline.memory import reader
+from pipeline.memory import read
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
 from pipeline.memory.layer import LayerView, Queries
 from pipeline.memory.reader import AgeObserver
@@ -110,7 +110,7 @@ def measured_choices() -> Iterator[list[float]]:
         return search(view, queries)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "search", measuring)
+        patch.setattr(read, "search", measuring)
         yield found
 
 

@@ -188,6 +188,35 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_read(world: World, documents: Tensor, start: int, reading: dict[str, Any]) -> None:
+    """Chunks, values, log-sum-exps and gradients, of what is retrieved and of the window, against float64."""
+    rules = world.rules
+    query = world.randn(len(documents), HEADS, TOKENS, DIM)
+    exact = query.double().requires_grad_(True)
+    expected = world.expected(exact, documents, start=start, **reading)
+    for backend in ("torch", "faiss") if rules.retrieve_for == "head" else ("torch",):
+        found = world.retrieved(query, documents, start=start, search_by=backend, **reading)
+        assert found == expected.chunks
+    query.requires_grad_(True)
+    read = world.reader(documents, start=start, **reading).read(0, query)
+    pairs = [(read, expected)]
+    if rules.window_tokens:
+        assert read.window is not None and expected.window is not None
+        pairs.append((read.window, expected.window))
+    for got, wanted in pairs:
+        for name in ("values", "log_sum_exp"):
+            number, right = getattr(got, name).double(), getattr(wanted, name)
+            torch.testing.assert_close(number, right, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE)
+        weights, of_lse = world.randn(*query.shape), world.randn(*query.shape[:3])
+        for each in (got, wanted):
+            seen = torch.isfinite(each.log_sum_exp.detach())
+            if bool(seen.any()):
+                sums = (each.values * weights).sum() + (each.log_sum_exp * of_lse)[seen].sum()
+                sums.backward(retain_graph=True)
+    assert query.grad is not None and exact.grad is not None
+    torch.testing.assert_close(query.grad.double(), exact.grad, atol=2 * FP32_TOLERANCE, rtol=10 * FP32_TOLERANCE)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("position", ["none", "clamp:14"])
@@ -196,29 +225,26 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def test_rows_that_choose_what_they_read(
     attention: str, scope: str, position: str, arguments: str, retrieve_for: str
 ) -> None:
-    """Whose memory, from where in a segment, and what of it: chunks, values and gradients against float64."""
+    """Whose memory, from where in a segment, and what of it."""
     world, documents, start = make(scope, position, attention=attention)
     world.rules = replace(world.rules, retrieve_for=retrieve_for)
     reading = ARGUMENTS[arguments]
-    if "lane_of_row" in reading:
-        documents = documents[LANE_OF_ROW]
-    query = world.randn(len(documents), HEADS, TOKENS, DIM)
-    exact = query.double().requires_grad_(True)
-    expected = world.expected(exact, documents, start=start, **reading)
-    for backend in ("torch", "faiss") if retrieve_for == "head" else ("torch",):
-        found = world.retrieved(query, documents, start=start, search_by=backend, **reading)
-        assert found == expected.chunks
-    query.requires_grad_(True)
-    weights = world.randn(*query.shape)
-    read = world.reader(documents, start=start, **reading).read(0, query)
-    torch.testing.assert_close(read.values.double(), expected.values, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE)
-    torch.testing.assert_close(
-        read.log_sum_exp.double(), expected.log_sum_exp, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE
-    )
-    for values in (read.values, expected.values):
-        (values * weights).sum().backward()
-    assert query.grad is not None and exact.grad is not None
-    torch.testing.assert_close(query.grad.double(), exact.grad, atol=FP32_TOLERANCE, rtol=10 * FP32_TOLERANCE)
+    check_read(world, documents[LANE_OF_ROW] if "lane_of_row" in reading else documents, start, reading)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("position", ["none", "clamp:14"])
+@pytest.mark.parametrize("window", [8, 20])  # some older chunks are left, or none
+@pytest.mark.parametrize("arguments", [*ARGUMENTS, "borrowed"])
+@pytest.mark.parametrize("retrieve_for", ["head", "kv_head"])
+def test_a_window_is_read_whole_and_what_is_retrieved_is_older(
+    attention: str, scope: str, position: str, window: int, arguments: str, retrieve_for: str
+) -> None:
+    world, documents, start = make(scope, position, attention=attention)
+    world.rules = replace(world.rules, retrieve_for=retrieve_for, window_tokens=window)
+    reading = ARGUMENTS.get(arguments, {"retrieve_from": torch.tensor([1, 0])})
+    check_read(world, documents[LANE_OF_ROW] if "lane_of_row" in reading else documents, start, reading)
 
 
 def test_rows_that_fill_pools_up_are_not_read_for() -> None:

@@ -85,6 +85,7 @@ class World:
             search=search,
             query_block_tokens=block,
             retrieve_for=rules.retrieve_for,
+            window_tokens=rules.window_tokens,
         )
 
     def reader(
@@ -106,7 +107,8 @@ class World:
         asked = Reading(start, documents, **reading)
         segment = SegmentView(self.bank, settings, asked, geometry.rule(settings.rule))
         view = LayerView(segment, self.bank.layers[0], geometry)
-        lanes = range(len(query)) if asked.lane_of_row is None else asked.lane_of_row.tolist()
+        chosen = asked.lane_of_row if asked.retrieve_from is None else asked.retrieve_from
+        lanes = range(len(query)) if chosen is None else chosen.tolist()
         got = search(view, view.queries(query, slice(0, query.shape[2])))
         assert bool((got.scores[..., :-1] >= got.scores[..., 1:]).all()), "best first"
         everyone = torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist()
