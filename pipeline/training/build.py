@@ -21,7 +21,8 @@ from pipeline.backbone.load import check_weights, read_backbone_config
 from pipeline.checkpoint.background import Background, wait_for_all
 from pipeline.checkpoint.folder import TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.memory import MemoryOwner
+from pipeline.checkpoint.owners import LanesOwner, RandomOwner
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents

@@ -56,7 +56,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], Mapping[str, Mapping[str, A
         {},
         r"is not a whole checkpoint; got: JSONDecodeError",
     ),
-    "format": (other_format, {}, r"has another format; got: format 99; expected: format 2; do:"),
+    "format": (other_format, {}, r"has another format; got: format 99; expected: format 2 or 3; do:"),
     "checkpoint gone": (lambda run: shutil.rmtree(run / NEWEST), {}, r"is not a whole checkpoint"),
     "unlisted file": (
         lambda run: shutil.copy(run / MODEL_STATES, run / MODEL_STATES.with_name("mp_rank_01_model_states.pt")),
