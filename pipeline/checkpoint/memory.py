@@ -1,8 +1,8 @@
 """The owner of the remembered keys and values: this rank's shard, whichever ranks stored it.
 
-Rank `g` of a memory group of `G` keeps segments `s G + g` of its group's lanes, and groups hold consecutive lanes: which
-files hold a rank's lanes follows from the ranks that wrote them. Of each only the chunks are read that the rank keeps;
-with the same ranks as then they are those of its own file.
+Rank `g` of a memory group of `G` keeps segments `s G + g` of its group's lanes, and groups hold consecutive lanes:
+which files hold a rank's lanes follows from the ranks that wrote them. Of each only the chunks are read that the rank
+keeps; with the same ranks as then they are those of its own file.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def rewrite_in_format_two(run: Path) -> None:
         save_file({**old, **{name: tensor[:, :, order].contiguous() for name, tensor in memory.items()}}, path)
         path.with_suffix(".json").unlink()
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["manifest_sha256"]
+    del manifest["manifest_sha256"], manifest["identity"]["memory tokens"]
     files = {name: digest(checkpoint / name) for name in files_below(checkpoint)}
     (checkpoint / "manifest.json").write_text(manifest_text({**manifest, "format": 2, "files": files}))
 
