@@ -101,5 +101,6 @@ def bank_bytes(bank: MemoryBank) -> bytes:
     """Everything that a bank holds."""
     parts = [bank.positions.tobytes(), bank.documents.numpy().tobytes(), str(bank.next_slot).encode()]
     for store in bank.layers:
-        parts += [t.contiguous().numpy().tobytes() for t in (store.keys, store.values, store.chunk_keys)]
+        tensors = (store.keys, store.values, store.chunk_keys)  # numpy knows no bfloat16
+        parts += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
     return b"".join(parts)

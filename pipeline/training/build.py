@@ -19,9 +19,10 @@ from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
 from pipeline.checkpoint.background import Background, wait_for_all
-from pipeline.checkpoint.folder import TOKEN_STORE, Checkpoints, StateOwner
+from pipeline.checkpoint.folder import MEMORY_TOKENS, TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.memory import MemoryOwner
+from pipeline.checkpoint.owners import LanesOwner, RandomOwner
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents
@@ -327,6 +328,8 @@ def _identity_of_settings(config: Config, token_store: str | None) -> dict[str, 
     }
     if token_store is not None:
         known[TOKEN_STORE] = token_store
+    if config.memory.enabled:
+        known[MEMORY_TOKENS] = config.memory.tokens  # a stored memory fits banks that remember less
     if config.memory.enabled and config.memory.scope == "group":
         # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
         groups = world_size() // config.memory.group_size

@@ -17,6 +17,7 @@ from pipeline.data.store import STORE_FEATURES, TokenStore, write_store
 from pipeline.data.tokenizer import TokenizerInfo
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.longmem import LongMem, build
+from tests.shards import in_slot_order
 from tests.tiny_config import tiny_config
 from tests.tiny_longmem import reader_of
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -233,11 +234,11 @@ def test_evaluating_changes_nothing_that_training_has(make, store):
     bank = model.bank(2)
     documents = torch.zeros(2, SEGMENT, dtype=torch.int64)
     model.append(bank, model.encode(torch.ones_like(documents), documents), start=0, documents=documents)
-    tensors = {**bank.state_dict(), **model.sidenet.state_dict(), **model.backbone.state_dict()}
+    tensors = {**in_slot_order(bank), **model.sidenet.state_dict(), **model.backbone.state_dict()}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     random = torch.get_rng_state()
     evaluate(model, store, config, rank=0, world_size=1)
-    after = {**bank.state_dict(), **model.sidenet.state_dict(), **model.backbone.state_dict()}
+    after = {**in_slot_order(bank), **model.sidenet.state_dict(), **model.backbone.state_dict()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(torch.get_rng_state(), random)
