@@ -328,7 +328,7 @@ def _identity_of_settings(config: Config, token_store: str | None) -> dict[str, 
     }
     if token_store is not None:
         known[TOKEN_STORE] = token_store
-    if config.memory.enabled:
+    if config.memory.enabled and config.checkpoint.memory == "save":
         known[MEMORY_TOKENS] = config.memory.tokens  # a stored memory fits banks that remember less
     if config.memory.enabled and config.memory.scope == "group":
         # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
