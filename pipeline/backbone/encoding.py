@@ -46,9 +46,12 @@ class Encoding(NamedTuple):
         calls: Backbone layer, counted from 1 -> how it was called.
         memory: Keys and values of each memory layer, in the order the backbone was built with.
         documents: Document of each token, int64 `[B, T]`, where attention must not cross documents; else None.
+        sinks: For each memory layer the key and value `[1, Hkv, 1, D]` of a token encoded alone, which every query can
+            read; none: empty.
     """
 
     taps: Mapping[int, Tensor]
     calls: Mapping[int, LayerCall]
     memory: Sequence[KeyValue]
     documents: Tensor | None = None
+    sinks: Sequence[KeyValue] = ()

@@ -280,7 +280,8 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         group: GroupRead = ctx.group
-        results, kept = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
+        saved = ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
+        results, kept = saved[: len(grads)], saved[len(grads) :]
         each = len(kept) // len(ctx.tokens)
         blocks = [_Block.of(tokens, kept[i * each : (i + 1) * each]) for i, tokens in enumerate(ctx.tokens)]
         packed = [_packed_gradients(*results[at : at + 2], *grads[at : at + 2]) for at in range(0, len(grads), 2)]

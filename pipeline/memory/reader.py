@@ -27,7 +27,7 @@ class MemoryRead:
     """What a memory layer reads of one kind.
 
     Attributes:
-        values: Attention over the retrieved tokens, `[B, H, T, D]`, dtype of the query; 0 where nothing is visible.
+        values: Attention over the retrieved tokens, float32 `[B, H, T, D]`; 0 where nothing is visible.
         log_sum_exp: Of the retrieved tokens' logits, float32 `[B, H, T]`; `-inf` where nothing is visible.
         window: The same for the tokens of the window, which are read whole; None: there is none.
     """
@@ -95,8 +95,7 @@ class BankReader:
             group = GroupRead(views, window, self.exchange, told)
             found = read(query.to(self.bank.device, torch.float32), group)
             back = [x.to(query.device) for x in found]
-            recent = None if window is None else MemoryRead(back[2].to(query.dtype), back[3])
-            return MemoryRead(back[0].to(query.dtype), back[1], recent)
+            return MemoryRead(back[0], back[1], None if window is None else MemoryRead(back[2], back[3]))
 
 
 def _of_all_ranks(reading: Reading, exchange: Exchange, device: torch.device, *, with_documents: bool) -> list[Reading]:

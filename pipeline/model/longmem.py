@@ -6,7 +6,7 @@ Shapes: `B` lanes, `T` segment tokens, `E` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.backbone.backbone import Backbone
-from pipeline.backbone.encoding import Encoding
+from pipeline.backbone.encoding import Encoding, KeyValue
 from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.distributed.launchers import local_size
 from pipeline.memory.bank import BankShape, MemoryBank
@@ -53,6 +53,16 @@ def layout_of(side: SideNetConfig, num_backbone_layers: int) -> Layout:
     )
 
 
+def sink_token(config: Any) -> int:
+    """The token that is encoded alone to be a sink: the first special one that the backbone's configuration names."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, (list, tuple)) and token else token
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return token
+    return 0
+
+
 class LongMem:
     """Backbone and SideNet with the settings that join them to memory. Holds no memory: banks are made and passed.
 
@@ -76,6 +86,7 @@ class LongMem:
         self.settings, self.backbone, self.sidenet = settings, backbone, sidenet
         self._encode = encode or backbone
         self._run_sidenet = run_sidenet or sidenet
+        self._sink_of_layer: Sequence[KeyValue] | None = None
         memory = settings.memory
         self.read_settings = ReadSettings(
             num_tokens=memory.tokens,
@@ -84,6 +95,7 @@ class LongMem:
             rule=PositionRule.parse(memory.position),
             search=memory.search,
             retrieve_for=memory.retrieve_for,
+            window_tokens=memory.window_tokens,
             query_block_tokens=memory.query_block_tokens,
         )
         sources = sidenet.layout.memory_sources
@@ -142,7 +154,16 @@ class LongMem:
         """
         inside = documents if self.settings.memory.scope == "document" else None
         encoding: Encoding = self._encode(tokens, inside)
-        return encoding
+        return encoding._replace(sinks=self._sinks(tokens.device)) if self.settings.memory.sink else encoding
+
+    def _sinks(self, device: torch.device) -> Sequence[KeyValue]:
+        """Keys and values of one token encoded alone; the backbone is frozen, so they are worked out once."""
+        if self._sink_of_layer is None:
+            alone: Encoding = self._encode(
+                torch.tensor([[sink_token(self.backbone.model.config)]], device=device), None
+            )
+            self._sink_of_layer = alone.memory
+        return self._sink_of_layer
 
     def append(self, bank: MemoryBank, encoding: Encoding, *, start: int, documents: Tensor) -> None:
         """Writes an encoded segment of every lane to memory: the only thing that changes what is remembered.
@@ -253,6 +274,7 @@ def build(settings: ModelSettings, model: PreTrainedModel, **kwargs: Any) -> tup
         layout,
         fusion=settings.sidenet.fusion,
         gate_init=settings.sidenet.gate_init,
+        sink_rule=PositionRule.parse(settings.memory.position).beyond(settings.memory.tokens),
         activation_checkpointing=settings.sidenet.activation_checkpointing,
     )
     return backbone, sidenet

@@ -21,12 +21,12 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
 from pipeline.memory.place import Turn
 from pipeline.memory.reader import AgeObserver, BankReader
-from pipeline.memory.segment import Reading
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.model.longmem import LongMem
-from pipeline.sidenet.fusion import MemoryReader
 
-Memory = Literal["own", "none"] | Tensor
-"""Whose memory rows read: each its own, none, or that of a lane of the bank, int64 `[B]`; many may read one."""
+Memory = Literal["own", "window", "none"] | Tensor
+"""What rows read: each its own memory, of it the recent window only, nothing, or the memory of a lane of the bank,
+int64 `[B]`; many may read one."""
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -129,6 +129,7 @@ class Stream:
         seen: Seen,
         *,
         memory: Memory = "own",
+        retrieve_from: Tensor | None = None,
         visible: Tensor | None = None,
         observe_ages: AgeObserver | None = None,
     ) -> Tensor:
@@ -140,13 +141,21 @@ class Stream:
             seen: The newest segment, remembered or not.
             memory: Whose memory each row reads; the same on all ranks of a group. With lanes named, rows need not be
                 as many as lanes: suffixes, beams or readers of one text need no copy of its memory.
+            retrieve_from: Lanes that rows retrieve from, beside a window of their own, int64 `[B]`; None: as `memory`.
             visible: Chunks that a row may see, as in `Reading`; None: all.
             observe_ages: As in `BankReader`.
 
         Returns:
             Input of the LM head `[B, T, E]`.
         """
-        reader = self._reader(seen, memory, visible, observe_ages)
+        reader = None
+        if self.bank is not None and memory != "none":
+            lane_of_row = memory if isinstance(memory, Tensor) else None
+            rows = Reading(
+                seen.start, seen.documents, lane_of_row=lane_of_row, retrieve_from=retrieve_from, visible=visible
+            )
+            settings = replace(self._settings, top_k_chunks=0) if memory == "window" else self._settings
+            reader = self._reader(self.bank, settings, rows, observe_ages)
         with self.phase("sidenet"):
             return self.model.hidden(seen.encoding, reader)
 
@@ -172,16 +181,13 @@ class Stream:
         return self.model.backbone_losses(seen.encoding, targets)
 
     def _reader(
-        self, seen: Seen, memory: Memory, visible: Tensor | None, observe_ages: AgeObserver | None
-    ) -> MemoryReader | None:
-        if self.bank is None or memory == "none":
-            return None
-        lane_of_row = memory if isinstance(memory, Tensor) else None
+        self, bank: MemoryBank, settings: ReadSettings, rows: Reading, observe_ages: AgeObserver | None
+    ) -> BankReader:
         return BankReader(
-            self.bank,
-            self._settings,
+            bank,
+            settings,
             self.model.geometries,
-            Reading(seen.start, seen.documents, lane_of_row=lane_of_row, visible=visible),
+            rows,
             exchange=self.exchange,
             observe_ages=observe_ages,
             timed=lambda: self.phase("retrieve_and_read"),

@@ -144,10 +144,11 @@ def test_an_empty_bank_gives_nothing_and_no_gradient() -> None:
     assert torch.equal(query.grad, torch.zeros_like(query))
 
 
-def test_dtype_of_the_query_comes_back() -> None:
+def test_what_is_read_for_a_query_of_16_bits_is_float32() -> None:
+    """Whoever mixes it rounds once."""
     world, documents, start = make("lane", "true")
     read = world.reader(documents, start=start).read(0, world.randn(2, HEADS, TOKENS, DIM).bfloat16())
-    assert read.values.dtype == torch.bfloat16
+    assert read.values.dtype == torch.float32
     assert read.log_sum_exp.dtype == torch.float32
 
 
