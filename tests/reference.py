@@ -208,8 +208,29 @@ def _logits(
     return logits if attention.slopes is None else logits - attention.slopes[head] * read_at
 
 
+def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of several: values `[B, H, T, D]` and log-sum-exps `[B, H, T]`."""
+    whole = torch.logsumexp(torch.stack([log_sum_exp for _, log_sum_exp in parts]), 0)
+    return sum(torch.exp(lse - whole)[..., None] * values for values, lse in parts), whole  # type: ignore[return-value]
+
+
+def read_sink(q: Tensor, key: Tensor, value: Tensor, attention: Attention, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Values and logit of one token `[Hkv, D]` that lies at the far distance, or where memory ends under `true`."""
+    position = f"fixed:{rules.tokens}" if rules.position == "true" else rules.position.replace("clamp", "fixed")
+    heads = q.shape[1]
+    of_heads = []
+    for head in range(heads):
+        own = key[head * len(key) // heads][None]
+        rows = [_logits(row, own, [0], head, attention, position) for row in q[:, head].flatten(0, 1)]
+        of_heads.append(torch.cat(rows).view(len(q), -1))
+    values = torch.stack([value[head * len(value) // heads] for head in range(heads)])
+    return values[None, :, None].expand_as(q), torch.stack(of_heads, 1)
+
+
 def fuse(local: Tensor, local_lse: Tensor, read: Read, gate: Tensor, fusion: str) -> Tensor:
-    """Mixes local attention `[B, H, T, D]` and memory, per head."""
+    """Mixes local attention `[B, H, T, D]` and memory, per head; a window is part of the local attention."""
+    if read.window is not None:
+        local, local_lse = join([(local, local_lse), (read.window.values, read.window.log_sum_exp)])
     sees = torch.isfinite(read.log_sum_exp)
     if fusion == "gate":
         share = torch.sigmoid(gate)[None, :, None].expand_as(local_lse)
@@ -231,6 +252,7 @@ class ReferenceSideNet:
         fusion: `gate` or `joint`.
         gate: First number of every head.
         rules: How memory is read.
+        sink: Token that every query can read, encoded alone; None: there is none.
     """
 
     def __init__(
@@ -243,6 +265,7 @@ class ReferenceSideNet:
         fusion: str = "gate",
         gate: float = 0.0,
         rules: Rules | None = None,
+        sink: int | None = None,
     ) -> None:
         self.lm, self.boundaries, self.residual, self.fusion = Reference(model), list(boundaries), residual, fusion
         self.rules = rules
@@ -252,6 +275,7 @@ class ReferenceSideNet:
         self.norm = copy.deepcopy(self.lm.final_norm())
         self.gates = {n: torch.full((self.lm.heads,), gate, dtype=torch.float64) for n in memory_layers}
         self.past = {n: Past() for n in memory_layers}
+        self.sinks = {n: self._key_and_value(n, torch.tensor([[sink]])) for n in memory_layers if sink is not None}
         self.trained = [p for m in (*self.layers.values(), self.norm) for p in m.parameters()] + [*self.gates.values()]
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -261,17 +285,20 @@ class ReferenceSideNet:
 
     def remember(self, tokens: Tensor, *, start: int, documents: Tensor) -> None:
         """Encodes a segment of every lane and remembers it."""
-        taps = self.lm.taps(tokens, self._inside(documents))
         for number, past in self.past.items():
-            source = self.boundaries[number]
-            caught: list[tuple[Tensor, Tensor]] = []
+            past.add(*self._key_and_value(number, tokens, documents), start=start, documents=documents)
 
-            def catch(q: Tensor, k: Tensor, v: Tensor, into: list[tuple[Tensor, Tensor]] = caught) -> Tensor:
-                into.append((k, v))
-                return q
+    def _key_and_value(self, number: int, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What a memory layer is given of a segment, `[B, Hkv, T, D]` each."""
+        source, caught = self.boundaries[number], []
+        taps = self.lm.taps(tokens, None if documents is None else self._inside(documents))
 
-            self.lm.layer(self.lm.layers[source - 1], taps[source - 1], catch)
-            past.add(*caught[0], start=start, documents=documents)
+        def catch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            caught.append((k, v))
+            return q
+
+        self.lm.layer(self.lm.layers[source - 1], taps[source - 1], catch)
+        return caught[0]
 
     def logits(self, tokens: Tensor, *, start: int = 0, documents: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]` of a segment, memory read."""
@@ -292,11 +319,14 @@ class ReferenceSideNet:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             logits = local_logits(q, repeat(k, heads), attention, self._inside(documents))
-            local = torch.softmax(logits, -1) @ repeat(v, heads)
+            local, log_sum_exp = torch.softmax(logits, -1) @ repeat(v, heads), torch.logsumexp(logits, -1)
             if number not in self.past:
                 return local
             assert self.rules is not None
+            if number in self.sinks:
+                key, value = (x[0, :, 0] for x in self.sinks[number])
+                local, log_sum_exp = join([(local, log_sum_exp), read_sink(q, key, value, attention, self.rules)])
             read = read_memory(self.past[number], q, attention, self.rules, start=start, documents=documents)
-            return fuse(local, torch.logsumexp(logits, -1), read, self.gates[number], self.fusion)
+            return fuse(local, log_sum_exp, read, self.gates[number], self.fusion)
 
         return attend

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.segment import Reading
-from pipeline.model.longmem import LongMem, build
+from pipeline.model.longmem import LongMem, build, sink_token
 from pipeline.model.stream import Stream
 from tests.reference import ReferenceSideNet, Rules
 from tests.tiny_config import tiny_config
@@ -83,7 +83,16 @@ class TinyLongMem:
             residual=side.residual,
             fusion=side.fusion,
             gate=side.gate_init,
-            rules=Rules(memory.tokens, memory.chunk_size, memory.top_k_tokens, memory.scope, memory.position),
+            rules=Rules(
+                memory.tokens,
+                memory.chunk_size,
+                memory.top_k_tokens,
+                memory.scope,
+                memory.position,
+                memory.retrieve_for,
+                memory.window_tokens,
+            ),
+            sink=sink_token(model.config) if memory.sink else None,
         )
 
 
