@@ -283,10 +283,12 @@ class ReferenceSideNet:
     def _inside(self, documents: Tensor) -> Tensor | None:
         return documents if self.rules is not None and self.rules.scope == "document" else None
 
-    def remember(self, tokens: Tensor, *, start: int, documents: Tensor) -> None:
-        """Encodes a segment of every lane and remembers it."""
+    def remember(self, tokens: Tensor, *, start: int, documents: Tensor, num_context: int = 0) -> None:
+        """Encodes a segment of every lane and remembers it; the first tokens may be left context."""
+        after, of_segment = slice(num_context, None), documents[:, num_context:]
         for number, past in self.past.items():
-            past.add(*self._key_and_value(number, tokens, documents), start=start, documents=documents)
+            key, value = self._key_and_value(number, tokens, documents)
+            past.add(key[:, :, after], value[:, :, after], start=start, documents=of_segment)
 
     def _key_and_value(self, number: int, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What a memory layer is given of a segment, `[B, Hkv, T, D]` each."""
@@ -300,10 +302,13 @@ class ReferenceSideNet:
         self.lm.layer(self.lm.layers[source - 1], taps[source - 1], catch)
         return caught[0]
 
-    def logits(self, tokens: Tensor, *, start: int = 0, documents: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` of a segment, memory read."""
+    def logits(
+        self, tokens: Tensor, *, start: int = 0, documents: Tensor | None = None, num_context: int = 0
+    ) -> Tensor:
+        """Logits `[B, T, V]` of a segment, memory read; the first tokens may be left context."""
         documents = torch.zeros_like(tokens) if documents is None else documents
-        x, b = self.lm.taps(tokens, self._inside(documents)), self.boundaries
+        x, b = [tap[:, num_context:] for tap in self.lm.taps(tokens, self._inside(documents))], self.boundaries
+        documents = documents[:, num_context:]
         state = x[b[0]]
         for number, layer in self.layers.items():
             attend = self._attend(number, start, documents)

@@ -13,7 +13,7 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.segment import Reading
 from pipeline.model.longmem import LongMem, build, sink_token
-from pipeline.model.stream import Stream
+from pipeline.model.stream import Context, Stream
 from tests.reference import ReferenceSideNet, Rules
 from tests.tiny_config import tiny_config
 from tests.tiny_models import VOCABULARY
@@ -39,9 +39,9 @@ class TinyLongMem:
         """One that has not moved, with the bank as it is."""
         return Stream(self.longmem, self.bank)
 
-    def remember(self, tokens: Tensor, *, start: int, documents: Tensor | None = None) -> None:
-        """Encodes and appends a segment of every lane."""
-        self.stream.feed(tokens, torch.zeros_like(tokens) if documents is None else documents, start=start)
+    def remember(self, tokens: Tensor, *, start: int, documents: Tensor | None = None, num_context: int = 0) -> None:
+        """Encodes and appends a segment of every lane; the first tokens may be left context."""
+        self.stream.feed(*_split(tokens, documents, num_context), start=start)
 
     def hidden(
         self,
@@ -51,10 +51,10 @@ class TinyLongMem:
         documents: Tensor | None = None,
         memory: bool = True,
         observe_ages: AgeObserver | None = None,
+        num_context: int = 0,
     ) -> Tensor:
-        """Input of the LM head `[B, T, E]`; nothing is remembered."""
-        documents = torch.zeros_like(tokens) if documents is None else documents
-        seen = self.stream.look(tokens, documents, start=start)
+        """Input of the LM head `[B, T, E]`; nothing is remembered. The first tokens may be left context."""
+        seen = self.stream.look(*_split(tokens, documents, num_context), start=start)
         return self.stream.hidden(seen, memory="own" if memory else "none", observe_ages=observe_ages)
 
     def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
@@ -94,6 +94,13 @@ class TinyLongMem:
             ),
             sink=sink_token(model.config) if memory.sink else None,
         )
+
+
+def _split(tokens: Tensor, documents: Tensor | None, num_context: int) -> tuple[Tensor, Tensor, Context]:
+    """A segment, its documents, and the context before it."""
+    documents = torch.zeros_like(tokens) if documents is None else documents
+    before = Context(tokens[:, :num_context], documents[:, :num_context])
+    return tokens[:, num_context:], documents[:, num_context:], before
 
 
 def reader_of(model: LongMem, bank: MemoryBank, *, start: int, documents: Tensor, **kwargs: Any) -> BankReader:

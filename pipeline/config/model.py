@@ -125,6 +125,8 @@ class ModelSettings(Section):
     """`memory`: the bank and how it is read."""
     sidenet: SideNetConfig = SideNetConfig()
     """`sidenet`: the trained side-network."""
+    context_tokens: TokensOrZero = 0
+    """`backbone.context_tokens`."""
     segment_tokens: Count = 1024
     """`train.segment_tokens`."""
     precision: Precision = "fp32"

@@ -140,20 +140,21 @@ class LongMem:
         check_room(needed, device, num_ranks=local_size(os.environ))
         return MemoryBank(shape, dtype=dtype, device=device)
 
-    def encode(self, tokens: Tensor, documents: Tensor) -> Encoding:
+    def encode(self, tokens: Tensor, documents: Tensor, *, num_context: int = 0) -> Encoding:
         """Encodes one segment of each lane with the frozen backbone.
 
         Collective: with a partitioned backbone every rank must call it together.
 
         Args:
-            tokens: int64 `[B, T]`.
-            documents: Document of each token, int64 `[B, T]`; under scope `document` attention stays inside.
+            tokens: Left context and segment, int64 `[B, num_context + T]`.
+            documents: Document of each token, of the same shape; under scope `document` attention stays inside.
+            num_context: Tokens of left context.
 
         Returns:
             The encoding.
         """
         inside = documents if self.settings.memory.scope == "document" else None
-        encoding: Encoding = self._encode(tokens, inside)
+        encoding: Encoding = self._encode(tokens, inside, num_context)
         return encoding._replace(sinks=self._sinks(tokens.device)) if self.settings.memory.sink else encoding
 
     def _sinks(self, device: torch.device) -> Sequence[KeyValue]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline.backbone.encoding import Encoding
@@ -28,6 +29,13 @@ Memory = Literal["own", "window", "none"] | Tensor
 """What rows read: each its own memory, of it the recent window only, nothing, or the memory of a lane of the bank,
 int64 `[B]`; many may read one."""
 Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+class Context(NamedTuple):
+    """Tokens before a segment, and the document of each, int64 `[B, n]`."""
+
+    tokens: Tensor
+    documents: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,9 @@ class Stream:
         """Which segments of each lane this rank takes."""
         return Turn(self.exchange.rank, self.exchange.size, self.model.settings.segment_tokens)
 
-    def feed(self, tokens: Tensor, documents: Tensor, *, start: int | None = None) -> Seen:
+    def feed(
+        self, tokens: Tensor, documents: Tensor, context: Context | None = None, *, start: int | None = None
+    ) -> Seen:
         """Encodes the next segment of every row and remembers it.
 
         Collective: with a partitioned backbone every rank must call it together.
@@ -85,16 +95,19 @@ class Stream:
         Args:
             tokens: int64 `[B, T]`.
             documents: Document of each token, int64 `[B, T]`.
+            context: The tokens before, `backbone.context_tokens` of them or as many as there are; None: there are none.
             start: Lane position of the first token, where somebody else keeps the place; None: this stream does.
 
         Returns:
             The segment.
         """
-        seen = self.look(tokens, documents, start=start)
+        seen = self.look(tokens, documents, context, start=start)
         self.remember(seen)
         return seen
 
-    def look(self, tokens: Tensor, documents: Tensor, *, start: int | None = None) -> Seen:
+    def look(
+        self, tokens: Tensor, documents: Tensor, context: Context | None = None, *, start: int | None = None
+    ) -> Seen:
         """Encodes the next segment of every row, and leaves everything else as it is.
 
         Collective: as `feed`.
@@ -102,15 +115,23 @@ class Stream:
         Args:
             tokens: As in `feed`.
             documents: As in `feed`.
+            context: As in `feed`.
             start: As in `feed`.
 
         Returns:
             The segment.
         """
+        own = self.place + self.exchange.rank * tokens.shape[1] if start is None else start
+        num_context = 0 if context is None else context.tokens.shape[1]
+        wanted = min(self.model.settings.context_tokens, own)
+        assert num_context == wanted, f"a segment at {own} is encoded with {wanted} tokens before it, not {num_context}"
         with self.phase("backbone"):
-            encoding = self.model.encode(tokens, documents)
-        own = self.place + self.exchange.rank * tokens.shape[1]
-        return Seen(encoding, documents, own if start is None else start)
+            if context is None:
+                encoding = self.model.encode(tokens, documents)
+            else:
+                whole = torch.cat([context.tokens, tokens], dim=1), torch.cat([context.documents, documents], dim=1)
+                encoding = self.model.encode(*whole, num_context=num_context)
+        return Seen(encoding, documents, own)
 
     def remember(self, seen: Seen) -> None:
         """Appends a segment to memory, and moves on behind those of the whole group.

@@ -350,6 +350,7 @@ def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> 
         lanes=range(first, first + split.lanes_per_group),
         segment_tokens=config.train.segment_tokens,
         seed=config.run.seed,
+        context_tokens=config.backbone.context_tokens,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from pipeline.data.lanes import Lanes
 from pipeline.distributed.ranks import rank
 from pipeline.model.stream import Stream
+from pipeline.training.step import feed_segment
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,4 @@ def replay(stream: Stream, lanes: Lanes) -> None:
     first, shape = torch.tensor(lanes.index * turn.segment_tokens), bank.shape
     bank.reset(next_slot=int(turn.slots(first, chunk_size=shape.chunk_size, num_chunks=shape.num_chunks)))
     for _ in range(count):
-        segment = lanes.next_of_group(turn.rank, turn.size)
-        device = stream.model.device
-        tokens, documents = (torch.from_numpy(array).to(device) for array in (segment.tokens, segment.documents))
-        stream.feed(tokens, documents, start=segment.start)
+        feed_segment(stream, lanes.next_of_group(turn.rank, turn.size))

@@ -22,6 +22,7 @@ from pipeline.memory.layer import LayerView, Queries
 from pipeline.memory.reader import AgeObserver
 from pipeline.memory.search import Retrieved, search
 from pipeline.model.stream import Stream
+from pipeline.training.step import feed_segment
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
 
@@ -137,6 +138,7 @@ def _train(case: Case, group_size: int) -> Outcome:
         lanes=range(group.number * num_lanes, (group.number + 1) * num_lanes),
         segment_tokens=case.segment,
         seed=1,
+        context_tokens=model.settings.context_tokens,
     )
     parameters = dict(model.sidenet.named_parameters())
     losses, gradients, ages = [], [], {}
@@ -147,8 +149,7 @@ def _train(case: Case, group_size: int) -> Outcome:
             lanes.skip(group.rank)
             segment = lanes.next_segment()
             lanes.skip(group_size - 1 - group.rank)
-            inputs, targets, documents = map(torch.from_numpy, (segment.tokens, segment.targets, segment.documents))
-            seen = stream.feed(inputs, documents)
+            seen, targets = feed_segment(stream, segment), torch.from_numpy(segment.targets)
             loss = stream.losses(seen, targets, observe_ages=_recorder(ages_seen)).sum() / tokens
             loss.backward()
             total += loss.detach()

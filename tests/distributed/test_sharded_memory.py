@@ -27,7 +27,8 @@ def deep(family: str = "llama", *, sidenet: Mapping[str, Any] | None = None, **c
         for name in ("vocabulary", "steps", "lanes", "token_seed", "learning_rate")
         if name in changes
     }
-    sections = {"memory": {**MEMORY, **changes}, "sidenet": {**DEEP, **(sidenet or {})}}
+    backbone = {"context_tokens": changes.pop("context_tokens", 0)}
+    sections = {"backbone": backbone, "memory": {**MEMORY, **changes}, "sidenet": {**DEEP, **(sidenet or {})}}
     return Case(family, sections, **extra)
 
 
@@ -49,6 +50,22 @@ CASES: Mapping[str, Case] = {
     "odd_memory": deep(tokens=44, position="true", chunk_size=2, token_seed=7),
     "memory_of_one_segment": deep(tokens=16, position="clamp:8", token_seed=1),
     "memory_larger_than_text": deep(tokens=4096, position="true", token_seed=15),
+    "shared": deep(position="clamp:40", retrieve_for="kv_head"),
+    "shared_group_ties": deep(position="none", retrieve_for="kv_head", scope="group", vocabulary=3),
+    "context_sink_window": deep(
+        position="clamp:40", context_tokens=10, sink=True, window_tokens=24, retrieve_for="kv_head"
+    ),
+    "context_sink_window_document": deep(
+        position="true",
+        context_tokens=20,
+        sink=True,
+        window_tokens=40,
+        scope="document",
+        sidenet={"activation_checkpointing": True},
+    ),
+    "window_group_gate": deep("gpt2", scope="group", window_tokens=8, sidenet={"fusion": "gate"}),
+    "window_alibi": deep("bloom", position="clamp:40", window_tokens=64, sink=True),
+    "window_of_everything": deep(position="none", window_tokens=96, context_tokens=16),
     # Weights stand still, and one layer reads: the same queries to the last bit, however narrow the choice.
     "still": Case("llama", {"memory": MEMORY, "sidenet": UNIFORM}, steps=8, learning_rate=0.0),
     "still_group_ties": Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def make(
     memory_layers: list[int],
     scope: str = "lane",
     memory: Mapping[str, object] | None = None,
+    backbone: Mapping[str, object] | None = None,
     **sidenet: object,
 ) -> tuple[TinyLongMem, ReferenceSideNet]:
     """A `uniform` SideNet of two layers over four, which remembers 16 tokens and reads 8 of them."""
@@ -57,6 +59,7 @@ def make(
             **sidenet,
         },
         train={"segment_tokens": SEGMENT},
+        backbone=backbone or {},
     )
     return fast, fast.reference(model, (0, 2, 4))
 
@@ -133,6 +136,33 @@ def test_sink_window_and_shared_retrieval(family: str, recent: str, position: st
     differs = not torch.allclose(plain.logits(segment, start=2 * SEGMENT), expected.float(), atol=0.01)
     backbone = fast.longmem.backbone
     assert differs == (recent != "kv_head" or backbone.num_heads > backbone.num_kv_heads)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("scope", ["lane", "document"])
+def test_left_context(family: str, scope: str) -> None:
+    """Segments are encoded with ten tokens before them: of those nothing is kept, and what is kept knows of them."""
+    count = 10
+    fast, slow = make(
+        family,
+        position="clamp:14",
+        fusion="joint",
+        memory_layers=[1, 2],
+        scope=scope,
+        memory=RECENT["all"],
+        backbone={"context_tokens": count},
+    )
+    tokens, documents = tiny_tokens((2, 3 * SEGMENT)), torch.tensor([[1] * 20 + [2] * 16, [4] * 29 + [5] * 7])
+    for start in range(0, 3 * SEGMENT, SEGMENT):
+        before = min(count, start)
+        piece = slice(start - before, start + SEGMENT)
+        for one in (fast, slow):
+            one.remember(tokens[:, piece], start=start, documents=documents[:, piece], num_context=before)
+    arguments: dict[str, Any] = {"start": 2 * SEGMENT, "documents": documents[:, piece], "num_context": count}
+    expected = slow.logits(tokens[:, piece], **arguments)
+    found = fast.logits(tokens[:, piece], **arguments)
+    torch.testing.assert_close(found.double(), expected, atol=LOGITS_TOLERANCE, rtol=LOGITS_TOLERANCE)
+    assert found.shape[1] == SEGMENT
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neox"])
