@@ -19,6 +19,8 @@ from pipeline.data.store import TokenStore
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import world_size
 from pipeline.model.longmem import LongMem, build
+from pipeline.planning.plan import make_plan
+from pipeline.planning.shapes import shape_of
 from tests.distributed.sharded_training import CLEAR_CHOICE, banks_made, measured_choices
 from tests.ranks import run_ranks
 from tests.tiny_config import tiny_config
@@ -209,6 +211,19 @@ def test_memory_is_read_in_every_case_that_has_one(alone: dict[str, Outcome]) ->
             assert abs(on - off).max() > 1000 * TOLERANCE, name
             if name != "one document":
                 assert abs(on - one.losses["other_memory"]).max() > 1000 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_rank_holds_its_share_as_planned(
+    outcomes: dict[str, list[dict[str, Outcome]]], name: str, world: str
+) -> None:
+    case, (num_ranks, group_size) = CASES[name], WORLDS[world]
+    config = case.config(group_size)
+    plan = make_plan(config, shape_of(tiny_model(case.family).config), world_size=num_ranks)
+    planned = {part.name: part.num_bytes for part in plan.parts}.get("evaluation's memory", 0)
+    for rank in outcomes[world]:
+        assert rank[name].bank_bytes == planned
 
 
 @pytest.mark.parametrize(("world", "of_alone"), [("2", 7 / 13), ("4", 4 / 13)])
