@@ -35,7 +35,7 @@ from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, toge
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone, RankGroup
+from pipeline.memory.exchange import exchange_of
 from pipeline.memory.place import ShardPlace
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import DTYPES, LongMem, build, layout_of
@@ -102,6 +102,7 @@ class Run:
     Attributes:
         config: Its settings.
         folder: The run folder.
+        group: This rank's memory group.
         model: Backbone and SideNet in their engines.
         trainer: Does the steps.
         stores: The data.
@@ -114,6 +115,7 @@ class Run:
 
     config: Config
     folder: Path
+    group: MemoryGroup
     model: LongMem
     trainer: Trainer
     stores: Stores
@@ -173,8 +175,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     lanes = _lanes(config, stores.train, split, group.number)
     bank = _bank(model, split, group) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
-    exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
-    stream = Stream(model, bank, exchange=exchange, phase=timer.phase)
+    stream = Stream(model, bank, exchange=exchange_of(group.process_group), phase=timer.phase)
     trainer = Trainer(stream, engine, lanes, config.train, timer=timer, num_segments=split.accumulation_steps)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -190,7 +191,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     ]
     if bank is not None:
         owners.append(_memory_owner(config, stream, lanes, bank))
-    return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
+    return Run(config, folder, group, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
 
 
 def _bank(model: LongMem, split: WorldSplit, group: MemoryGroup) -> MemoryBank:

@@ -17,10 +17,12 @@ from pipeline.data.lanes import Lanes
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import gather, world_size
 from pipeline.memory import read
-from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.bank import MemoryBank
+from pipeline.memory.exchange import exchange_of
 from pipeline.memory.layer import LayerView, Queries
 from pipeline.memory.reader import AgeObserver
 from pipeline.memory.search import Retrieved, search
+from pipeline.model.longmem import LongMem
 from pipeline.model.stream import Stream
 from pipeline.training.step import feed_segment
 from tests.tiny_longmem import TinyLongMem
@@ -115,6 +117,26 @@ def measured_choices() -> Iterator[list[float]]:
         yield found
 
 
+def bank_bytes(bank: MemoryBank) -> int:
+    """Bytes of its keys, values and chunk keys."""
+    return sum(t.nbytes for store in bank.layers for t in (store.keys, store.values, store.chunk_keys))
+
+
+@contextmanager
+def banks_made() -> Iterator[list[int]]:
+    """Collects the bytes of the banks that are made, after a 0."""
+    sizes, original = [0], LongMem.bank
+
+    def making(self: LongMem, *args: Any, **kwargs: Any) -> MemoryBank:
+        bank = original(self, *args, **kwargs)
+        sizes.append(bank_bytes(bank))
+        return bank
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LongMem, "bank", making)
+        yield sizes
+
+
 def train(case: Case, group_size: int) -> Outcome:
     """Trains on every rank of the world, `group_size` ranks to a memory group."""
     with measured_choices() as gaps:
@@ -124,7 +146,7 @@ def train(case: Case, group_size: int) -> Outcome:
 
 def _train(case: Case, group_size: int) -> Outcome:
     group = MemoryGroup.build(group_size, timeout_s=60)
-    exchange: Exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
+    exchange = exchange_of(group.process_group)
     num_lanes = case.lanes * group_size // world_size()
     torch.manual_seed(0)
     sections = {"train": {"segment_tokens": case.segment}, **case.sections}
