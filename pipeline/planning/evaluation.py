@@ -46,20 +46,23 @@ def evaluation_parts(sizes: Sizes) -> Iterator[Part]:
         f"{bank_remedies(config)}, a smaller evaluation.context_tokens",
     )
     # Without gradients nothing is kept for longer than the read of a layer takes.
-    read = read_parts(settings, sizes.shape, replace(bank, num_layers=1), place=place)
+    reads = read_parts(settings, sizes.shape, replace(bank, num_layers=1), place=place)
     yield Part(
         "evaluation's read",
-        sum(part.num_bytes for part in read if "sidenet" in part.phases),
+        sum(part.num_bytes for part in reads if "sidenet" in part.phases),
         "as one read of memory, of these documents",
         (EVALUATION,),
         place,
         "a smaller memory.query_block_tokens",
     )
-    tokens = lanes * config.train.segment_tokens
+    tokens = lanes * (config.train.segment_tokens + config.backbone.context_tokens)
+    # The backbone's longest window is tried on one document at a time.
+    longest, read = wanted.backbone_window_tokens, wanted.context_tokens + wanted.scored_tokens
+    tokens = max(tokens, read if longest is None else min(longest, read))
     yield Part(
         "evaluation's segments",
         sizes.encoding(tokens) + sizes.layer_work(tokens),
-        "taps, keys, values and one layer's work, of these documents",
+        "taps, keys, values and one layer's work, of these documents or of one with the longest window",
         (EVALUATION,),
         remedy="a smaller train.segment_tokens",
     )

@@ -49,6 +49,7 @@ class Sizes:
             zero_section(self.backbone_json, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         )
         self.tokens = split.lanes_per_group * config.train.segment_tokens
+        self.encoded = self.tokens + split.lanes_per_group * config.backbone.context_tokens
 
     @cached_property
     def sidenet_parameters(self) -> int:
@@ -87,7 +88,7 @@ class Sizes:
             ("backbone", EVALUATION),
         )
         yield Part("LM head gathered", number * head * is_copied, "V x E", ("loss", EVALUATION))
-        work = self.layer_work(self.tokens)
+        work = self.layer_work(self.encoded)
         yield Part("one layer's work", work, "B T (4 E + 3 I)", ("backbone", "sidenet", "backward"), remedy=_TOKENS)
 
     def layer_work(self, num_tokens: int) -> int:
@@ -165,7 +166,7 @@ class Sizes:
         config, layout = self.config, self.layout
         yield Part(
             "backbone's taps",
-            self.encoding(self.tokens),
+            self.encoding(self.encoded),
             "taps, keys, values" + (", masks [T, T]" if config.memory.scope == "document" else ""),
             ("backbone", *AFTER_BACKBONE),
             remedy=_TOKENS,
@@ -191,7 +192,7 @@ class Sizes:
         taps = len({*layout.taps, len(shape.layers)}) * shape.hidden_size
         each = taps + len(layout.memory_layers) * 2 * shape.num_kv_heads * shape.head_dim
         if self.config.memory.scope == "document":  # each layer's call holds its mask
-            each += layout.num_layers * self.config.train.segment_tokens
+            each += layout.num_layers * (self.config.train.segment_tokens + self.config.backbone.context_tokens)
         return self.number_bytes * num_tokens * each
 
     def loss(self) -> Iterator[Part]:

@@ -46,6 +46,7 @@ class Case:
         evaluation: Settings that differ.
         lengths: Tokens of each held-out document.
         token_seed: Of their text.
+        left: Tokens of left context.
     """
 
     family: str = "llama"
@@ -54,11 +55,13 @@ class Case:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = (41, 40, 39, 70, 55, 48)  # five are long enough, one of them without a last target
     token_seed: int = 0
+    left: int = 0
 
     def config(self, group_size: int) -> Config:
         """The settings of a run."""
         memory = {"position": "clamp:12", "group_size": group_size, **self.memory}
         return tiny_config(
+            backbone={"context_tokens": self.left},
             memory=memory,
             sidenet=self.sidenet,
             train={"segment_tokens": SEGMENT, "segments_per_step": 4},
@@ -88,6 +91,9 @@ CASES: Mapping[str, Case] = {
         token_seed=3,
     ),
     "many documents": Case(lengths=(41, 42, 43, 44, 45, 46, 47, 48, 49), evaluation={"documents": 9}),
+    "context, sink, window": Case(
+        memory={"sink": True, "window_tokens": 12, "retrieve_for": "kv_head"}, left=11, token_seed=1
+    ),
     "one document": Case(evaluation={"documents": 1}),
     "no memory": Case(memory={"enabled": False}),
 }
