@@ -57,7 +57,7 @@ class TextLane:
         text = self.tokens[span][None]
         nothing = np.zeros((1, self.length), dtype=np.int64)
         start = self.bank.end if self.bank else 0
-        return Segment(text[:, :-1], text[:, 1:], nothing, nothing, start=start, index=0, lanes=(0,))
+        return Segment(text[:, :-1], text[:, 1:], nothing, start=start)
 
 
 def read_text(backbone: str, num_tokens: int) -> np.ndarray:

@@ -36,19 +36,13 @@ class Segment:
         tokens: int64 ``[B, T]``.
         targets: The token after each, int64 ``[B, T]``; -100 at the last token of a document.
         documents: Which reading of a document a token belongs to, int64 ``[B, T]``; unique over lanes and epochs.
-        document_positions: Position in that document, from 0, int64 ``[B, T]``.
         start: Lane position of the first token; the same for all lanes.
-        index: Number of the segment, from 0.
-        lanes: Numbers of the B lanes.
     """
 
     tokens: Int64Array
     targets: Int64Array
     documents: Int64Array
-    document_positions: Int64Array
     start: int
-    index: int
-    lanes: tuple[int, ...]
 
 
 def deal(lengths: npt.ArrayLike, *, num_lanes: int, seed: int) -> list[Int64Array]:
@@ -117,10 +111,7 @@ class Lanes:
             tokens=np.empty(shape, dtype=np.int64),
             targets=np.empty(shape, dtype=np.int64),
             documents=np.empty(shape, dtype=np.int64),
-            document_positions=np.empty(shape, dtype=np.int64),
             start=self._index * self._segment_tokens,
-            index=self._index,
-            lanes=self.lanes,
         )
         for row, lane in enumerate(self._rows):
             lane.read_into(segment, row)
@@ -133,15 +124,7 @@ class Lanes:
         return self._index
 
     def next_of_group(self, rank: int, size: int) -> Segment:
-        """One rank's segment of the next ones, which its memory group reads together; the others' are passed over.
-
-        Args:
-            rank: The rank's number in its group.
-            size: Ranks of the group.
-
-        Returns:
-            The segment; afterwards the lanes stand behind those of all ranks.
-        """
+        """The segment of one rank of a memory group of `size`; afterwards the lanes stand behind those of all ranks."""
         self.skip(rank)
         segment = self.next_segment()
         self.skip(size - 1 - rank)
@@ -220,7 +203,6 @@ class _Lane:
             segment.targets[row, here] = IGNORED_TARGET
             segment.targets[row, filled : filled + len(piece) - 1] = piece[1:]
             segment.documents[row, here] = self.ordinal * self._num_lanes + self.number
-            segment.document_positions[row, here] = np.arange(self.offset, self.offset + taken)
             filled += taken
             self.offset += taken
             if self.offset == length:
@@ -237,15 +219,7 @@ class _Lane:
         self.seek((epoch + epochs) * len(self._documents) + place, target - begin)
 
     def seek(self, ordinal: int, offset: int) -> None:
-        """Put the mark on a token of a document.
-
-        Args:
-            ordinal: Number of the document, counted over all epochs.
-            offset: Position of the token in it.
-
-        Raises:
-            DataError: There is no such token.
-        """
+        """Put the mark on a token of a document, counted over all epochs. Raises DataError: there is no such token."""
         self.ordinal, self.offset = ordinal, offset
         if ordinal < 0 or not 0 <= offset < self._source.lengths[self._document()]:
             raise DataError(
