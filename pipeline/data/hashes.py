@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.errors import DataError
+from pipeline.files import hash_file
 
-_BLOCK_BYTES = 1 << 22
 _WRITTEN_ANEW = "put the store back as it was, or prepare the data again with launch/prepare_data.py"
 
 
@@ -37,15 +36,7 @@ class FileHash:
     @classmethod
     def of(cls, path: Path, *, progress: Callable[[int], object] = lambda _: None) -> FileHash:
         """Reads a file; `progress` is told the bytes of each block."""
-        found, size = hashlib.sha256(), 0
-        if not path.is_file():  # opening a pipe would wait for somebody who writes into it
-            raise OSError(errno.EINVAL, "Not a plain file", str(path))
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                found.update(block)
-                size += len(block)
-                progress(len(block))
-        return cls(size, found.hexdigest())
+        return cls(*hash_file(path, progress=progress))
 
 
 def hash_folder(folder: Path) -> dict[str, FileHash]:

@@ -241,16 +241,7 @@ class _Lane:
 
 
 def check_documents(source: TokenSource, *, chunk_size: int, num_lanes: int) -> None:
-    """Check before training that the documents suit the memory and the lanes.
-
-    Args:
-        source: The training documents.
-        chunk_size: memory.chunk_size.
-        num_lanes: data.lanes.
-
-    Raises:
-        DataError: A document is shorter than a chunk, or there are more lanes than documents.
-    """
+    """Raises DataError if a document is shorter than a chunk of memory, or there are fewer documents than lanes."""
     num_short = int((source.lengths < chunk_size).sum())
     if num_short:
         raise DataError(

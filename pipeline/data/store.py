@@ -19,7 +19,7 @@ from pipeline.data.hashes import check_hashes, check_sizes, hash_folder, hash_to
 from pipeline.data.info import FORMAT_VERSION, INFO_FILE, PREPARE, SplitInfo, StoreInfo, read_info, write_info
 from pipeline.data.text import home
 from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer
-from pipeline.errors import DataError
+from pipeline.errors import DataError, in_a_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,9 +89,10 @@ class TokenStore:
                 raise ValueError(f"tokens are {table.schema.field('tokens').type}, not lists of int32")
             tokens, sources = table.column("tokens"), table.column("source")
         except Exception as error:  # `datasets` raises whatever a foreign file leads it to
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(
-                "the token store is damaged: a split cannot be read", got=f"{path / split} ({words})", do=PREPARE
+                "the token store is damaged: a split cannot be read",
+                got=f"{path / split} ({in_a_line(error)})",
+                do=PREPARE,
             ) from error
         store = cls(path, split, info=info, column=tokens, sources=sources)
         store._check_counts()
