@@ -23,25 +23,13 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for every rank.
-
-    Collective: every rank must call it.
-    """
+    """Waits for every rank. Collective: every rank must call it."""
     if world_size() > 1:
         dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
-    """Collects a small value of every rank.
-
-    Collective: every rank must call it.
-
-    Args:
-        value: Anything that pickles.
-
-    Returns:
-        One value a rank, in rank order.
-    """
+    """One value a rank, in rank order, of anything that pickles. Collective: every rank must call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -83,13 +71,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def on_rank_zero(work: Callable[[], None]) -> None:
-    """Runs something on rank 0 only; if it fails, every rank fails.
-
-    Collective: every rank must call it, and none goes on before rank 0 is done.
-
-    Args:
-        work: What to run.
-    """
+    """Runs something on rank 0; if it fails, every rank fails. Collective: none goes on before rank 0 is done."""
     together(work if rank() == 0 else lambda: None)
 
 
