@@ -110,47 +110,19 @@ class Backbone(nn.Module):
         return int(getattr(self.model.config, "head_dim", None) or self.hidden_size // self.num_heads)
 
     def attention(self, layer: int) -> nn.Module:
-        """The attention module of a layer.
-
-        Args:
-            layer: The layer, counted from 1.
-
-        Returns:
-            The module.
-        """
+        """The attention module of a layer, counted from 1."""
         return self.layers[layer - 1].get_submodule(self.family.attention)
 
     def scale(self, layer: int) -> float:
-        """The factor on `q k^T` in a layer, counted from 1.
-
-        Args:
-            layer: The layer, counted from 1.
-
-        Returns:
-            The factor.
-        """
+        """The factor on `q k^T` in a layer, counted from 1."""
         return attention_scale(self.attention(layer), self.head_dim)
 
     def positions(self, layer: int) -> PositionEncoding:
-        """The position encoding of a layer.
-
-        Args:
-            layer: The layer, counted from 1.
-
-        Returns:
-            The encoding.
-        """
-        return position_encoding(self.family, self.decoder, layer - 1, num_heads=self.num_heads)
+        """The position encoding of a layer, counted from 1."""
+        return position_encoding(self.family, self.decoder, layer, num_heads=self.num_heads)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
-
-        Args:
-            mode: Ignored.
-
-        Returns:
-            Itself.
-        """
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it."""
         return super().train(False)
 
     @torch.no_grad()
@@ -181,13 +153,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Makes the LM head whole while the context is open.
-
-        Collective: with a partitioned backbone every rank must enter together.
-
-        Yields:
-            Weight `[V, E]` and bias `[V]` (or None).
-        """
+        """Weight `[V, E]` and bias `[V]` (or None) of the LM head, whole inside. Collective if partitioned."""
         with self.gather(list(self.head.parameters())):
             yield self.head.weight, getattr(self.head, "bias", None)  # type: ignore[misc]
 
@@ -196,32 +162,32 @@ class Backbone(nn.Module):
         return self.family.split(outputs, self.head_dim)
 
     def _register(self) -> None:
-        layers = self.layers
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._on_layer(index), with_kwargs=True)
-        if len(layers) in self.tap_points:
-            layers[-1].register_forward_hook(self._on_last_layer())
-        for number in self.memory_layers:
+        modules = self.layers
+        for layer, module in enumerate(modules, start=1):
+            module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
+        if len(modules) in self.tap_points:
+            modules[-1].register_forward_hook(self._after_last())
+        for layer in self.memory_layers:
             for name in self.family.hooked:
-                self.attention(number).get_submodule(name).register_forward_hook(self._on_projection(number, name))
+                self.attention(layer).get_submodule(name).register_forward_hook(self._on_projection(layer, name))
 
-    def _on_layer(self, index: int) -> Callable[..., Any]:
-        """Before a layer: keeps the tap and the call, and forbids attention across documents where asked."""
+    def _before(self, layer: int) -> Callable[..., Any]:
+        """Keeps the tap before a layer and its call, and forbids attention across documents where asked."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._mask_documents is not None:
-                window = sliding_window(self.attention(index + 1))
+                window = sliding_window(self.attention(layer))
                 mask = document_mask(self._mask_documents, dtype=args[0].dtype, window=window)
                 args, kwargs = _with_mask(args, kwargs, mask)
-            if index in self.tap_points:
-                self._taps[index] = args[0]
-            if index + 1 in self.call_layers:
-                self._calls[index + 1] = LayerCall(args[1:], kwargs)
+            if layer - 1 in self.tap_points:  # taps are named by the layers passed
+                self._taps[layer - 1] = args[0]
+            if layer in self.call_layers:
+                self._calls[layer] = LayerCall(args[1:], kwargs)
             return args, kwargs
 
         return hook
 
-    def _on_last_layer(self) -> Callable[..., None]:
+    def _after_last(self) -> Callable[..., None]:
         last = len(self.layers)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -245,7 +211,7 @@ def _with_mask(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> t
 
 def _positions_in_document(documents: Tensor) -> Tensor:
     """Position of each token since its document (or the segment) began, int64 `[B, T]`."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)  # [B, T]
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return index - torch.where(begins, index, 0).cummax(dim=1).values

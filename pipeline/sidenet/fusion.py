@@ -6,6 +6,7 @@ Shapes: `B` rows, `H` query heads, `T` tokens, `D` head size, `E` hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -34,16 +35,8 @@ class MemoryRead(Protocol):
 class MemoryReader(Protocol):
     """All that the SideNet knows of memory."""
 
-    def read(self, layer: int, query: Tensor) -> MemoryRead:
-        """Reads one memory layer.
-
-        Args:
-            layer: Memory layer, counted from 0.
-            query: Unrotated queries `[B, H, T, D]`.
-
-        Returns:
-            What was read.
-        """
+    def read(self, index: int, query: Tensor) -> MemoryRead:
+        """Reads the bank of one memory layer, by its index among them, with unrotated queries `[B, H, T, D]`."""
         ...
 
 
@@ -54,7 +47,7 @@ class MemoryFusion(nn.Module):
 
     Args:
         attention: The attention module; hooks are put on its projections.
-        index: Memory layer, counted from 0.
+        index: Its index among the memory layers.
         family: The model's family.
         head_dim: `D`.
         num_heads: `H`.
@@ -86,7 +79,7 @@ class MemoryFusion(nn.Module):
         self.gate = nn.Parameter(torch.full((num_heads,), gate_init))
         self.reader: MemoryReader | None = None
         self.documents: Tensor | None = None
-        self.memory_share: Tensor | None = None  # [H], mean weight of memory at the last read
+        self.memory_share: Tensor | None = None  # mean weight of memory at the last read
         self._outputs: dict[str, Tensor] = {}
         for name in family.hooked:
             attention.get_submodule(name).register_forward_hook(self._keep(name))
@@ -107,7 +100,7 @@ class MemoryFusion(nn.Module):
             query, key, _ = self.family.split(outputs, self.head_dim)
             local = args[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             fused = self.fuse(local, query, key, self.reader)
-            return (fused.transpose(1, 2).flatten(2), *args[1:])
+            return (fused.transpose(1, 2).flatten(2), *args[1:])  # [B, T, H * D]
 
         return hook
 
@@ -129,12 +122,11 @@ class MemoryFusion(nn.Module):
         else:
             sees = read.log_sum_exp != float("-inf")
             weight = torch.where(sees, torch.sigmoid(self.gate.float())[:, None], 1.0)
-        self.memory_share = 1.0 - weight.detach().mean(dim=(0, 2))
-        weight = weight[..., None].to(local.dtype)
+        self.memory_share = 1.0 - weight.detach().mean(dim=(0, 2))  # [H]
+        weight = weight[..., None].to(local.dtype)  # [B, H, T, 1]
         return weight * local + (1 - weight) * read.values
 
     def _local_log_sum_exp(self, query: Tensor, key: Tensor) -> Tensor:
         place = torch.arange(query.shape[2], device=query.device)
         rotated = self.encoding.rotate(query.float(), place), self.encoding.rotate(key.float(), place)
-        local = LocalAttention(self.local.scale, self.local.slopes, self.local.window, self.documents)
-        return local_log_sum_exp(*rotated, local)
+        return local_log_sum_exp(*rotated, replace(self.local, documents=self.documents))

@@ -78,14 +78,7 @@ class SideNet(nn.Module):
         return {int(name): cast(MemoryFusion, fusion) for name, fusion in self.memory.items()}
 
     def train(self, mode: bool = True) -> SideNet:
-        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
-
-        Args:
-            mode: Ignored.
-
-        Returns:
-            Itself.
-        """
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it."""
         return super().train(False)
 
     def forward(self, encoding: Encoding, reader: MemoryReader | None = None) -> Tensor:
