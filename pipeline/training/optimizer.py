@@ -39,15 +39,7 @@ def build_optimizer(sidenet: SideNet, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate_at(step: int, train: TrainConfig) -> float:
-    """The learning rate of one optimizer step: linear warm-up, then the schedule.
-
-    Args:
-        step: The step, counted from 1.
-        train: The settings.
-
-    Returns:
-        The learning rate of weights (gates: times `gate_learning_rate_factor`).
-    """
+    """The weights' learning rate in one optimizer step, counted from 1: linear warm-up, then the schedule."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
     if train.schedule == "constant":
@@ -59,11 +51,6 @@ def learning_rate_at(step: int, train: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets the learning rate of the next step.
-
-    Args:
-        optimizer: AdamW, or DeepSpeed's wrapper around it.
-        learning_rate: That of weights.
-    """
+    """Sets the next step's learning rate: that of weights, gates by their factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["learning_rate_factor"]

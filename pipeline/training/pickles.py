@@ -32,11 +32,7 @@ Shapes = Mapping[str, torch.Size]
 
 @contextmanager
 def restricted() -> Iterator[None]:
-    """Inside, every `torch.load` of this process is restricted, whatever its caller asks for.
-
-    Yields:
-        Nothing.
-    """
+    """Inside, every `torch.load` of this process is restricted, whatever its caller asks for."""
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
@@ -73,23 +69,12 @@ def check_engine_files(folder: Path, names: list[str], *, weights: Shapes, num_g
         except Exception as error:  # it may hold anything at all
             raise DamageError(
                 f"{name} is not a file of DeepSpeed's that can be loaded without running code from it",
-                got=in_a_line(error),
+                got=load_failure(error),
             ) from error
 
 
 def engine_files(folder: Path, num_ranks: int) -> list[str]:
-    """The files that DeepSpeed reads, or might.
-
-    Args:
-        folder: The folder that holds them.
-        num_ranks: Ranks that wrote them.
-
-    Returns:
-        Names of all files there that may be pickles.
-
-    Raises:
-        DamageError: One is missing.
-    """
+    """Names of all files in a folder that may be pickles. Raises DamageError: one that DeepSpeed reads is missing."""
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt"))
     ends = [MODEL_STATES, *(_OPTIM_STATES.format(number) for number in range(num_ranks))]
     missing = [end for end in ends if not {end, f"bf16_{end}", f"fp16_{end}"}.intersection(found)]
@@ -129,16 +114,8 @@ def _check_known(names: Any, weights: Shapes) -> None:
         raise ValueError(f"a parameter that the SideNet does not have: {str(foreign[0])[:100]!r}")
 
 
-def in_a_line(error: Exception) -> str:
-    """What a load failed with.
-
-    Args:
-        error: What DeepSpeed or torch raised.
-
-    Returns:
-        One line. Where the unpickler refused something, what that was: torch names it in a page of advice that would
-        be the wrong thing to do here.
-    """
+def load_failure(error: Exception) -> str:
+    """What a load failed with; of something refused its name alone: torch's page of advice would be wrong here."""
     text = str(error)
     for mark in ("Unsupported global: ", "Trying to load unsupported GLOBAL ", "Unsupported operand "):
         if mark in text:

@@ -29,8 +29,9 @@ def two_engines(config: Config) -> dict[str, Any]:
 
     from pipeline.data.lanes import Lanes
     from pipeline.training.build import build_run
-    from pipeline.training.engines import gather_partitions, partitioned_bytes
+    from pipeline.training.engines import gather_partitions
     from pipeline.training.loop import train
+    from tests.distributed.engine_runs import partitioned_bytes
 
     torch.set_float32_matmul_precision("high")  # as a container may
     run = build_run(config)

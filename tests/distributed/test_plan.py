@@ -37,7 +37,7 @@ READS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 def two_engines(config: Config) -> dict[str, Any]:
     """Trains three steps; the bytes that this rank holds, and those that it sent in the third."""
     from pipeline.training.build import build_run
-    from pipeline.training.engines import partitioned_bytes
+    from tests.distributed.engine_runs import partitioned_bytes
 
     with counted() as sent:
         run = build_run(config)
