@@ -65,11 +65,7 @@ def end_well(code: int = 0) -> None:
 
 
 def leave(code: int) -> None:
-    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them.
-
-    Args:
-        code: The exit code.
-    """
+    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them."""
     with suppress(OSError):  # a log on a full disk
         sys.stdout.flush()
         sys.stderr.flush()
