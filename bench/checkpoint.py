@@ -40,18 +40,13 @@ MIB = 2**20
 
 
 class Timed:
-    """An owner of state with a clock.
-
-    Args:
-        owner: The owner.
-    """
+    """An owner of state with a clock."""
 
     def __init__(self, owner: StateOwner) -> None:
         self.owner, self.name = owner, owner.name
         self.stall = self.beside = self.loading = 0.0
 
     def save(self, folder: Path) -> Callable[[], None] | None:
-        """As the owner's."""
         begun = time.perf_counter()
         rest = self.owner.save(folder)
         self.stall, self.beside = time.perf_counter() - begun, 0.0
@@ -65,15 +60,12 @@ class Timed:
         return timed
 
     def least_bytes(self) -> int:
-        """As the owner's."""
         return self.owner.least_bytes()
 
     def check(self, folder: Path, saved: SavedWorld) -> None:
-        """As the owner's."""
         self.owner.check(folder, saved)
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
-        """As the owner's."""
         begun = time.perf_counter()
         self.owner.load(folder, saved)
         self.loading = time.perf_counter() - begun
@@ -124,11 +116,7 @@ def configure(arguments: argparse.Namespace, folder: str) -> Config:
 
 
 class Measured:
-    """A run whose memory is full.
-
-    Args:
-        run: The run.
-    """
+    """A run whose memory is full."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.owners, self.number = run, [Timed(owner) for owner in run.owners], 0
@@ -158,12 +146,7 @@ class Measured:
         return time.perf_counter() - begun
 
     def cost(self, *, store: bool, usual: float) -> Cost:
-        """Saves and loads once.
-
-        Args:
-            store: `checkpoint.memory` is `save`.
-            usual: Seconds of a step without any saving.
-        """
+        """Saves and loads once; `store`: `checkpoint.memory` is `save`; `usual`: seconds of a step beside no saving."""
         self.memory.store = store
         checkpoints, begun = self.run.checkpoints, time.perf_counter()
         final = checkpoints.save(self.number, self.owners)
