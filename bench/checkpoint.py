@@ -27,7 +27,7 @@ import torch
 from pipeline.checkpoint.folder import SavedWorld, StateOwner
 from pipeline.checkpoint.owners import MemoryOwner
 from pipeline.config.schema import Config
-from pipeline.distributed.ranks import barrier, gather, rank, world_size
+from pipeline.distributed.ranks import barrier, gather_objects, rank, world_size
 from pipeline.training.build import Run, build_run
 from pipeline.training.engines import start_distributed
 
@@ -151,7 +151,7 @@ class Measured:
         checkpoints, begun = self.run.checkpoints, time.perf_counter()
         final = checkpoints.save(self.number, self.owners)
         cost = Cost(stall=time.perf_counter() - begun)
-        while not gather(final.is_dir())[0]:
+        while not gather_objects(final.is_dir())[0]:
             cost.delay += self.step() - usual
             checkpoints.publish_if_written()
         cost.whole_after = time.perf_counter() - begun
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     start_distributed(timeout_s=1800)
-    folder = gather(tempfile.mkdtemp(prefix="bench-") if rank() == 0 else None)[0]
+    folder = gather_objects(tempfile.mkdtemp(prefix="bench-") if rank() == 0 else None)[0]
     try:
         measured = Measured(build_run(configure(arguments, f"{folder}/run")))
         usual = statistics.median([measured.step() for _ in range(arguments.rounds + 2)][1:])

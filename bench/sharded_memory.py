@@ -121,7 +121,7 @@ def read_retrieved(bank: MemoryBank, exchange: Exchange, settings: ReadSettings,
         gathered = exchange.all_gather(query[:, :, tokens].detach(), purpose="queries")()
         found = [search(view, view.queries(block, tokens)) for view, block in zip(views, gathered, strict=True)]
         shared = share(found, exchange, k=TOP_K)()
-        own = views[exchange.rank].group(query[:, :, tokens]).flatten(0, 2)
+        own = views[exchange.rank].by_kv_head(query[:, :, tokens]).flatten(0, 2)
         kv, valid = bring(views, shared, exchange, num_queries=len(own))
         outputs.append(attend_to(own, kv[..., :dim], kv[..., dim:], valid, scale))
     return torch.cat(outputs)

@@ -85,7 +85,7 @@ def evaluate(
     begun = time.perf_counter()
     check_evaluation(config)
     scored = score(model, store, config, rank=rank, world_size=world_size, progress=progress, conditions=conditions)
-    gathered = _gather((scored, time.perf_counter() - begun), world_size=world_size)
+    gathered = _gather_objects((scored, time.perf_counter() - begun), world_size=world_size)
     return summarise(
         [one for documents, _ in gathered for one in documents],
         context_tokens=config.evaluation.context_tokens,
@@ -251,7 +251,9 @@ class _Batch:
         return self.stream.losses(seen, targets, memory=memory[condition])
 
 
-def _gather(mine: tuple[list[DocumentLosses], float], *, world_size: int) -> list[tuple[list[DocumentLosses], float]]:
+def _gather_objects(
+    mine: tuple[list[DocumentLosses], float], *, world_size: int
+) -> list[tuple[list[DocumentLosses], float]]:
     if world_size == 1:
         return [mine]
     assert dist.is_initialized(), "several ranks need an initialised process group"

@@ -20,11 +20,11 @@ from pipeline.backbone.masks import document_mask
 from pipeline.errors import BackboneError
 from pipeline.positions import PositionEncoding
 
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+MadeWhole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 
-def _whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The gather of a model that is not partitioned: nothing to do."""
+def _is_whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Of a model that is not partitioned: nothing to do."""
     return nullcontext()
 
 
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         taps: Numbers of layers (0 to all) after which the residual stream is kept.
         calls: Layers, counted from 1, whose call is kept.
         memory_layers: Layers, counted from 1, whose keys and values are kept.
-        gather: Context manager that makes partitioned parameters whole while it is open (ZeRO-3); every rank must
+        made_whole: Context manager that makes partitioned parameters whole while it is open (ZeRO-3); every rank must
             enter it together.
 
     Raises:
@@ -50,12 +50,12 @@ class Backbone(nn.Module):
         taps: Sequence[int] = (),
         calls: Sequence[int] = (),
         memory_layers: Sequence[int] = (),
-        gather: Gather = _whole,
+        made_whole: MadeWhole = _is_whole,
     ) -> None:
         super().__init__()
         self.family = family_of(model.config)
         self.model = model
-        self.gather = gather
+        self.made_whole = made_whole
         self.tap_points = tuple(sorted(set(taps)))
         self.call_layers = tuple(sorted(set(calls)))
         self.memory_layers = tuple(memory_layers)
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight `[V, E]` and bias `[V]` (or None) of the LM head, whole inside. Collective if partitioned."""
-        with self.gather(list(self.head.parameters())):
+        with self.made_whole(list(self.head.parameters())):
             yield self.head.weight, getattr(self.head, "bias", None)  # type: ignore[misc]
 
     def _split(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,14 +217,14 @@ def _positions_in_document(documents: Tensor) -> Tensor:
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
-def identity(model: nn.Module, *, gather: Gather = _whole) -> str:
+def identity(model: nn.Module, *, made_whole: MadeWhole = _is_whole) -> str:
     """A hash of every parameter's name, shape and bytes (in float32): says whether two backbones are the same.
 
     Collective: with a partitioned backbone every rank must call it.
 
     Args:
         model: The causal LM.
-        gather: As in `Backbone`.
+        made_whole: As in `Backbone`.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -234,7 +234,7 @@ def identity(model: nn.Module, *, gather: Gather = _whole) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        with gather([parameter]):
+        with made_whole([parameter]):
             numbers = parameter.detach().float().cpu().contiguous()
             ill = int((~numbers.isfinite()).sum())
             if ill:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from pipeline.distributed.ranks import gather
+from pipeline.distributed.ranks import gather_objects
 
 Result = TypeVar("Result")
 _POLL_S = 0.5
@@ -44,5 +44,5 @@ class Background(Generic[Result]):
 
 def wait_for_all(task: Background[Any] | None) -> None:
     """Waits, without any collective that could time out, until the work of every rank has ended. Collective."""
-    while not all(gather(task is None or task.is_done(wait_s=_POLL_S))):
+    while not all(gather_objects(task is None or task.is_done(wait_s=_POLL_S))):
         pass

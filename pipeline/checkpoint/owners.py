@@ -20,7 +20,7 @@ from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.manifest import DamageError
 from pipeline.checkpoint.reshard import rank_file, reshard
 from pipeline.config.untrusted import Typed, parse_json, read_small, what_is_wrong
-from pipeline.distributed.ranks import gather, rank, together, world_size
+from pipeline.distributed.ranks import gather_objects, rank, together, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.place import ShardPlace
@@ -115,7 +115,7 @@ class MemoryOwner:
         Raises:
             CheckpointError: The stored memory has another shape or dtype.
         """
-        if not gather(rank_file(folder, 0).is_file())[0]:
+        if not gather_objects(rank_file(folder, 0).is_file())[0]:
             self.replay()
             return
         try:

@@ -12,7 +12,7 @@ from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.manifest import digest, files_below
 from pipeline.checkpoint.room import is_want_of_room, room_words
 from pipeline.checkpoint.shelf import Shelf
-from pipeline.distributed.ranks import gather, rank, world_size
+from pipeline.distributed.ranks import gather_objects, rank, world_size
 from pipeline.errors import CheckpointError, LongMemError
 
 
@@ -58,7 +58,7 @@ class Writing:
         if self._hashing is not None:
             if not self._is_done_everywhere(self._hashing, wait_s):
                 return None
-            entries = gather(self._hashing.result)
+            entries = gather_objects(self._hashing.result)
             return {name: entry for part in entries for name, entry in part.items()}
         if self._is_done_everywhere(self._writing, wait_s):
             self._begin_hashing(wait_s)
@@ -66,7 +66,7 @@ class Writing:
 
     def _begin_hashing(self, wait_s: float) -> None:
         names = files_below(self.work)
-        seen = gather(hashlib.sha256("\n".join(names).encode()).hexdigest())
+        seen = gather_objects(hashlib.sha256("\n".join(names).encode()).hexdigest())
         if len(set(seen)) > 1:  # a rank sees the files of others, on some file systems, only after a while
             time.sleep(wait_s)
             return
@@ -75,7 +75,7 @@ class Writing:
 
     def _is_done_everywhere(self, task: Background[Any], wait_s: float) -> bool:
         done = task.is_done(wait_s=wait_s)
-        reports = gather((done, describe(task.error, self.shelf.folder, self.needed)))
+        reports = gather_objects((done, describe(task.error, self.shelf.folder, self.needed)))
         self.busy = [number for number, (done, _) in enumerate(reports) if not done]
         if self.busy:  # a failure waits for those who still write: the folder is removed
             return False
@@ -95,7 +95,7 @@ def change(shelf: Shelf, step: int, work: Callable[[], None], *, needed: int) ->
             work()
     except (OSError, LongMemError) as caught:
         error = caught
-    words = gather(describe(error, shelf.folder, needed))[0]
+    words = gather_objects(describe(error, shelf.folder, needed))[0]
     if words is not None:
         raise unwritten(shelf, step, {0: words}) from error
 

@@ -28,7 +28,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """One value a rank, in rank order, of anything that pickles. Collective: every rank must call it."""
     if world_size() == 1:
         return [value]
@@ -58,7 +58,7 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except (LongMemError, OSError) as caught:
         error = caught
-    reports = gather(None if error is None else f"{type(error).__name__}: {error}")
+    reports = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     failed = [number for number, report in enumerate(reports) if report is not None]
     if not failed:
         return result  # type: ignore[return-value]
@@ -87,7 +87,7 @@ def check_agreement(name: str, value: Any) -> None:
     Raises:
         TrainingError: The ranks disagree; names those that differ from rank 0.
     """
-    values = gather(value)
+    values = gather_objects(value)
     other = [number for number, found in enumerate(values) if found != values[0]]
     if other:
         error = TrainingError(

@@ -52,7 +52,7 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class _Gathered:
+class _Fetched:
     """Retrieved tokens: keys, values `[m, w * c, D]`, logits `[m, w * c]`; near keys and which tokens they serve."""
 
     key: Tensor
@@ -106,7 +106,7 @@ def combine(partials: list[Partial], members: list[Tensor], num_queries: int) ->
 def attend_backward(
     view: MemoryView, queries: Queries, winners: Winners, *, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
 ) -> Tensor:
-    """Gradient of attention with respect to the queries; keys and values are gathered anew, not kept.
+    """Gradient of attention with respect to the queries; keys and values are fetched anew, not kept.
 
     Args:
         view: The memory layer.
@@ -149,9 +149,9 @@ def _pieces(view: MemoryView, winners: Winners) -> Iterator[tuple[Tensor | slice
     return winners.pieces(at_once(num_queries * width, view.keys[0].numel(), device="cpu"))
 
 
-# A function of their own, so that the tokens of one piece are gone when the next one's are gathered.
+# A function of their own, so that the tokens of one piece are gone when the next one's are fetched.
 def _attend(view: MemoryView, queries: Queries, winners: Winners) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = _gather(view, queries, winners)
+    tokens = _fetch(view, queries, winners)
     maximum = tokens.logits.amax(dim=-1)
     weights = torch.exp(tokens.logits - maximum[:, None])
     return maximum, weights.sum(dim=-1), torch.bmm(weights[:, None], tokens.value)[:, 0]
@@ -160,7 +160,7 @@ def _attend(view: MemoryView, queries: Queries, winners: Winners) -> tuple[Tenso
 def _attend_backward(
     view: MemoryView, queries: Queries, winners: Winners, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
 ) -> Tensor:
-    tokens = _gather(view, queries, winners)
+    tokens = _fetch(view, queries, winners)
     weights = torch.exp(tokens.logits - log_sum_exp[:, None])
     of_weight = _dot(tokens.value, grad)
     of_logit = weights.mul_(of_weight.add_(offset[:, None])).mul_(view.geometry.scale)
@@ -173,7 +173,7 @@ def _attend_backward(
     return view.query_gradient(far, near, queries, winners.members)
 
 
-def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:
+def _fetch(view: MemoryView, queries: Queries, winners: Winners) -> _Fetched:
     members, (num_queries, width) = winners.members, winners.slots.shape
     rows = torch.div(members, len(queries.offset), rounding_mode="floor")[:, None]  # head and row of the bank
     slots = (rows * view.num_slots + winners.slots).flatten()
@@ -198,7 +198,7 @@ def _gather(view: MemoryView, queries: Queries, winners: Winners) -> _Gathered:
         effective = far if distance is None or is_near is None else torch.where(is_near, distance.float(), far)
         logits = logits - slopes * effective
     hidden = ~winners.valid[..., None].expand(-1, width, view.chunk_size).reshape(logits.shape)
-    return _Gathered(key, value, logits.masked_fill_(hidden, NOTHING), near_key, is_near)
+    return _Fetched(key, value, logits.masked_fill_(hidden, NOTHING), near_key, is_near)
 
 
 def _dot(rows: Tensor, vector: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class BankReader:
             next to it, in rank order.
         documents: Document of each token of this rank's segment, int64 `[B, T]`.
         exchange: The group.
-        observe_ages: Called with the memory layer and the distance, in tokens, to the first token of every chunk
+        observe_ages: Called with a memory layer's index and the distance, in tokens, to the first token of every chunk
             retrieved from this shard (int64, flat); for statistics. None: not called.
         timed: Context manager that each read runs in (a timer).
     """
@@ -87,13 +87,13 @@ class BankReader:
         if settings.scope == "document":
             self._documents = self.exchange.all_gather(documents.to(bank.device), purpose="documents")()
 
-    def read(self, layer: int, query: Tensor) -> MemoryRead:
+    def read(self, index: int, query: Tensor) -> MemoryRead:
         """Reads one memory layer; gradients flow into the query.
 
         Collective: every rank of the group must call it together, and its backward pass too.
 
         Args:
-            layer: Memory layer, counted from 0.
+            index: Index of the memory layer.
             query: Unrotated queries `[B, H, T, D]`, any floating dtype.
 
         Returns:
@@ -101,11 +101,11 @@ class BankReader:
         """
         with self.timed():
             views = [
-                MemoryView(self.bank, layer, self.settings, self.geometries[layer], start=start, documents=documents)
+                MemoryView(self.bank, index, self.settings, self.geometries[index], start=start, documents=documents)
                 for start, documents in zip(self._starts, self._documents, strict=True)
             ]
             observe = self.observe_ages
-            group = _Group(views, self.exchange, None if observe is None else lambda ages: observe(layer, ages))
+            group = _Group(views, self.exchange, None if observe is None else lambda ages: observe(index, ages))
             values, log_sum_exp = _Read.apply(query.to(self.bank.device, torch.float32), group)
             return MemoryRead(values.to(query.device, query.dtype), log_sum_exp.to(query.device))
 
@@ -194,8 +194,8 @@ class _Read(torch.autograd.Function):
             num_queries = num_lanes * query.shape[1] * sizes["num_tokens"]
             partial = combine([Partial.unpacked(part) for part in wait()], block.shared.holders, num_queries)
             total = partial.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
-            values[:, :, block.tokens] = group.own.ungroup(partial.weighted / total[:, None], **sizes)
-            log_sum_exp[:, :, block.tokens] = group.own.ungroup(partial.maximum + total.log(), **sizes)
+            values[:, :, block.tokens] = group.own.by_query_head(partial.weighted / total[:, None], **sizes)
+            log_sum_exp[:, :, block.tokens] = group.own.by_query_head(partial.maximum + total.log(), **sizes)
 
         def read(tokens: slice, gathered: Tensor, queries: list[Queries], sharing: Callable[[], Shared]) -> None:
             block = _Block(tokens, gathered, sharing())
@@ -239,7 +239,7 @@ class _Read(torch.autograd.Function):
         on_the_way: list[tuple[_Block, Callable[[], list[Tensor]]]] = []
 
         def send(block: _Block) -> Callable[[], list[Tensor]]:
-            rows = group.own.group(packed[:, :, block.tokens]).flatten(0, 2)
+            rows = group.own.by_kv_head(packed[:, :, block.tokens]).flatten(0, 2)
             return group.to_holders(block, rows, purpose="gradients")
 
         def land() -> None:
@@ -248,7 +248,7 @@ class _Read(torch.autograd.Function):
             rows = values.new_zeros(num_lanes * values.shape[1] * length, dim)
             for held, part in zip(block.shared.holders, wait(), strict=True):
                 rows[held] += part
-            grad_query[:, :, block.tokens] = group.own.ungroup(rows, num_lanes=num_lanes, num_tokens=length)
+            grad_query[:, :, block.tokens] = group.own.by_query_head(rows, num_lanes=num_lanes, num_tokens=length)
 
         waiting = send(blocks[0])
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):

@@ -123,7 +123,7 @@ class MemoryView:
 
     Args:
         bank: The shard.
-        layer: Memory layer, counted from 0.
+        index: Index of the memory layer.
         settings: How memory is read.
         geometry: The layer's attention.
         start: Lane position of the segment's first token: what lies at or after it is invisible.
@@ -133,7 +133,7 @@ class MemoryView:
     def __init__(
         self,
         bank: MemoryBank,
-        layer: int,
+        index: int,
         settings: ReadSettings,
         geometry: Geometry,
         *,
@@ -146,7 +146,7 @@ class MemoryView:
         self.rule = settings.rule if has_positions else PositionRule("none")
         self.device, self.chunk_size = bank.device, bank.shape.chunk_size
         self.query_documents = documents.to(bank.device)
-        store, shape = bank.layers[layer], bank.shape
+        store, shape = bank.layers[index], bank.shape
         self.num_kv_heads = shape.num_kv_heads
         joined = settings.scope == "group"
         self.num_rows = 1 if joined else shape.num_lanes
@@ -188,8 +188,8 @@ class MemoryView:
             slopes = per_lane.reshape(self.num_kv_heads, 1, -1)
         documents = self.query_documents[:, None, tokens].expand(-1, num_heads // self.num_kv_heads, -1)
         return Queries(
-            far=self.group(self.rule.far_query(query, encoding)),
-            near=self.group(encoding.rotate(query, offset)) if len(self.near_slots) else None,
+            far=self.by_kv_head(self.rule.far_query(query, encoding)),
+            near=self.by_kv_head(encoding.rotate(query, offset)) if len(self.near_slots) else None,
             offset=offset.repeat(repeats),
             documents=documents.reshape(self.num_rows, -1),
             slopes=slopes,
@@ -217,7 +217,7 @@ class MemoryView:
     def _offset(self, tokens: slice) -> Tensor:
         return torch.arange(tokens.start, tokens.stop, device=self.device)
 
-    def group(self, x: Tensor) -> Tensor:
+    def by_kv_head(self, x: Tensor) -> Tensor:
         """Groups heads by key/value head and lanes by row.
 
         Args:
@@ -229,8 +229,8 @@ class MemoryView:
         grouped = x.unflatten(1, (self.num_kv_heads, -1)).transpose(0, 1)  # [Hkv, B, H / Hkv, t, ...]
         return grouped.reshape(self.num_kv_heads, self.num_rows, -1, *x.shape[3:])
 
-    def ungroup(self, x: Tensor, *, num_lanes: int, num_tokens: int) -> Tensor:
-        """Undoes `group`.
+    def by_query_head(self, x: Tensor, *, num_lanes: int, num_tokens: int) -> Tensor:
+        """Undoes `by_kv_head`.
 
         Args:
             x: `[Hkv * R * N, ...]`.

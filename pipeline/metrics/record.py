@@ -43,9 +43,9 @@ def tag_of(key: str) -> str:
     """The TensorBoard tag, `group/name_unit`, of a key of the record."""
     if "/" in key:
         return key
-    for group in ("phase", "traffic"):
-        if key.startswith(f"{group}_"):
-            return f"{group}/" + key.removeprefix(f"{group}_")
+    for kind in ("phase", "traffic"):
+        if key.startswith(f"{kind}_"):
+            return f"{kind}/" + key.removeprefix(f"{kind}_")
     return TAGS.get(key, f"step/{key}")
 
 

@@ -139,7 +139,7 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 def _trainable_copy(module: nn.Module, backbone: Backbone) -> nn.Module:
     """A copy with parameters of its own and without the hooks that were put on the original."""
-    with backbone.gather(list(module.parameters())):
+    with backbone.made_whole(list(module.parameters())):
         clone = copy.deepcopy(module)
     for part in clone.modules():
         part._forward_hooks.clear()

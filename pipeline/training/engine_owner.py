@@ -104,7 +104,7 @@ class EngineOwner:
             folder / _TAG,
             names[rank() :: world_size()],
             weights={name: tensor.shape for name, tensor in self.engine.module.state_dict().items()},
-            num_groups=len(self.engine.optimizer.bit16_groups),
+            num_parameter_groups=len(self.engine.optimizer.bit16_groups),
             num_ranks=saved.world_size,
         )
 

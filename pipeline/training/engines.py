@@ -109,7 +109,7 @@ def check_precision(config: Config) -> None:
         )
 
 
-def gather_partitions(parameters: Any) -> AbstractContextManager[Any]:
+def made_whole(parameters: Any) -> AbstractContextManager[Any]:
     """Makes parameters whole inside, partitioned or not; what is written to them is lost. Collective."""
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
     return context

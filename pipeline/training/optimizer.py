@@ -12,26 +12,26 @@ from pipeline.sidenet.sidenet import SideNet
 
 
 def build_optimizer(sidenet: SideNet, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over three groups: weights, norms and biases (no decay), gates (no decay, a much larger learning rate).
+    """AdamW over three parameter groups: weights, norms and biases (no decay), gates (no decay, a far larger rate).
 
     Args:
         sidenet: The SideNet.
         train: Its settings.
 
     Returns:
-        The optimizer; every group carries `learning_rate_factor`, on top of the step's learning rate.
+        The optimizer; every parameter group carries `learning_rate_factor`, on top of the step's learning rate.
     """
     gates = {id(parameter) for parameter in sidenet.memory.parameters()}
     others = [parameter for parameter in sidenet.parameters() if id(parameter) not in gates]
-    groups: list[dict[str, Any]] = [
+    parameter_groups: list[dict[str, Any]] = [
         {"name": "weights", "params": [p for p in others if p.dim() > 1], "weight_decay": train.weight_decay},
         {"name": "norms_and_biases", "params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
         {"name": "gates", "params": list(sidenet.memory.parameters()), "weight_decay": 0.0},
     ]
-    for group in groups:
+    for group in parameter_groups:
         group["learning_rate_factor"] = train.gate_learning_rate_factor if group["name"] == "gates" else 1.0
     return torch.optim.AdamW(
-        groups,
+        parameter_groups,
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,

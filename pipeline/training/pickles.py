@@ -43,14 +43,16 @@ def restricted() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def check_engine_files(folder: Path, names: list[str], *, weights: Shapes, num_groups: int, num_ranks: int) -> None:
+def check_engine_files(
+    folder: Path, names: list[str], *, weights: Shapes, num_parameter_groups: int, num_ranks: int
+) -> None:
     """Checks files of DeepSpeed before it reads them; of tensors the shapes only.
 
     Args:
         folder: The folder that holds them.
         names: Which of them to check.
         weights: Name to shape of everything in the module. DeepSpeed makes names of files of the names it finds.
-        num_groups: Groups of parameters of the optimizer.
+        num_parameter_groups: Groups of parameters of the optimizer.
         num_ranks: Ranks that wrote them.
 
     Raises:
@@ -65,7 +67,7 @@ def check_engine_files(folder: Path, names: list[str], *, weights: Shapes, num_g
             if name == MODEL_STATES:
                 _check_model(content, weights, num_ranks)
             elif name.endswith("_optim_states.pt"):
-                _check_optimizer(content["optimizer_state_dict"], weights, num_groups)
+                _check_optimizer(content["optimizer_state_dict"], weights, num_parameter_groups)
         except Exception as error:  # it may hold anything at all
             raise DamageError(
                 f"{name} is not a file of DeepSpeed's that can be loaded without running code from it",
@@ -97,15 +99,15 @@ def _check_model(content: Any, weights: Shapes, num_ranks: int) -> None:
         raise ValueError(f"{UNIVERSAL_CHECKPOINT_INFO} says how to convert it, which is not for it to say")
 
 
-def _check_optimizer(state: Any, weights: Shapes, num_groups: int) -> None:
+def _check_optimizer(state: Any, weights: Shapes, num_parameter_groups: int) -> None:
     for group in state["param_slice_mappings"]:
         _check_known(group, weights)
         if not all(type(place) is fragment_address for place in group.values()):
             raise TypeError("a parameter without a place in the partition")
     # No more than that: of a rank that holds only padding DeepSpeed stores moments of another length than weights.
     for key in ("single_partition_of_fp32_groups", "param_slice_mappings"):
-        if len(state[key]) != num_groups:
-            raise ValueError(f"{key} has {len(state[key])} groups of parameters; expected: {num_groups}")
+        if len(state[key]) != num_parameter_groups:
+            raise ValueError(f"{key} has {len(state[key])} groups of parameters; expected: {num_parameter_groups}")
 
 
 def _check_known(names: Any, weights: Shapes) -> None:

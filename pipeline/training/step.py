@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.schema import TrainConfig
 from pipeline.data.lanes import Lanes, Segment
-from pipeline.distributed.ranks import gather, world_size
+from pipeline.distributed.ranks import gather_objects, world_size
 from pipeline.distributed.signals import ASKS
 from pipeline.errors import TrainingError
 from pipeline.memory.reader import AgeObserver
@@ -150,7 +150,7 @@ class Trainer:
         if math.isfinite(float(totals[0])):
             return
         lane_tokens = self.lanes.index * self.settings.segment_tokens
-        ill = [rank for rank, value in enumerate(gather(mine)) if not math.isfinite(value)]
+        ill = [rank for rank, value in enumerate(gather_objects(mine)) if not math.isfinite(value)]
         error = TrainingError(
             f"the loss of step {number} is not finite; the optimizer has not stepped",
             got=f"{mine} on this rank; not finite on rank(s) {ill}; lanes read up to token {lane_tokens}",

@@ -17,7 +17,7 @@ from typing import Any
 from deepspeed.checkpoint import ds_to_universal
 
 from pipeline.checkpoint.background import Background, wait_for_all
-from pipeline.distributed.ranks import barrier, gather, rank
+from pipeline.distributed.ranks import barrier, gather_objects, rank
 from pipeline.errors import CheckpointError
 from pipeline.training.pickles import load_failure
 
@@ -98,7 +98,7 @@ def _on_rank_zero_patiently(work: Callable[[], None]) -> None:
     task = Background(work) if rank() == 0 else None
     wait_for_all(task)
     error = None if task is None else task.error
-    words = gather(None if error is None else load_failure(error))[0]
+    words = gather_objects(None if error is None else load_failure(error))[0]
     if words is not None:
         raise CheckpointError(
             "the optimizer's state could not be converted for another number of ranks; the checkpoint is untouched",

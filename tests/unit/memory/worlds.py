@@ -104,7 +104,7 @@ class World:
         if got.slots.shape[-1] == 0:
             return {(lane, head, token): [] for lane, head, token in everyone}
         sizes = {"num_lanes": query.shape[0], "num_tokens": query.shape[2]}
-        slots, valid = (view.ungroup(x.flatten(0, 2), **sizes) for x in (got.slots, got.valid))
+        slots, valid = (view.by_query_head(x.flatten(0, 2), **sizes) for x in (got.slots, got.valid))
         chunks = self.bank.shape.num_chunks
         found = {}
         for lane, head, token in everyone:
