@@ -146,7 +146,7 @@ class Measured:
         return time.perf_counter() - begun
 
     def cost(self, *, store: bool, usual: float) -> Cost:
-        """Saves and loads once; `store`: `checkpoint.memory` is `save`; `usual`: seconds of a step beside no saving."""
+        """Saves and loads once. `store`: `checkpoint.memory` is `save`; `usual`: seconds of a step without saving."""
         self.memory.store = store
         checkpoints, begun = self.run.checkpoints, time.perf_counter()
         final = checkpoints.save(self.number, self.owners)

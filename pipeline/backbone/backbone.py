@@ -24,7 +24,7 @@ MadeWhole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 
 def _is_whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Of a model that is not partitioned: nothing to do."""
+    """For a model that is not partitioned: its parameters are whole."""
     return nullcontext()
 
 
@@ -153,7 +153,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Weight `[V, E]` and bias `[V]` (or None) of the LM head, whole inside. Collective if partitioned."""
+        """Makes the LM head whole inside: weight `[V, E]`, bias `[V]` or None. Collective if partitioned."""
         with self.made_whole(list(self.head.parameters())):
             yield self.head.weight, getattr(self.head, "bias", None)  # type: ignore[misc]
 

@@ -32,7 +32,7 @@ def visible_in_segment(
 
 
 def document_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None) -> Tensor:
-    """`[B, 1, T, T]`: 0 where attention inside documents `[B, T]` sees, the lowest finite number elsewhere."""
+    """Additive mask `[B, 1, T, T]` of documents `[B, T]`: 0 where attention sees, the lowest number elsewhere."""
     length = documents.shape[1]
     visible = visible_in_segment(slice(0, length), length, documents=documents, window=window, device=documents.device)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -43,6 +43,6 @@ class Background(Generic[Result]):
 
 
 def wait_for_all(task: Background[Any] | None) -> None:
-    """Waits, without any collective that could time out, until the work of every rank has ended. Collective."""
+    """Waits until the work of every rank has ended; no single collective waits long. Collective: every rank."""
     while not all(gather_objects(task is None or task.is_done(wait_s=_POLL_S))):
         pass

@@ -12,7 +12,7 @@ _WORDS = ("unexpected pos", "PytorchStreamWriter", "No space left", "File too la
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that can be written where a path is or will be, but for quotas; None if the system does not say."""
+    """Bytes that can be written where a path is or will be, quotas not known; None if the system does not say."""
     for place in (path, *path.absolute().parents):
         try:
             found = os.statvfs(place)

@@ -76,7 +76,7 @@ class Shelf:
             return f"nothing that can be read ({error})"
 
     def begin(self, work: Path, names: Sequence[str], *, needed: int = 0) -> None:
-        """Clears up, and makes `work` and folders in it. Raises OSError: also if `needed` bytes surely lack."""
+        """Clears up and makes `work`, with folders `names`. Raises OSError, also for want of `needed` bytes."""
         self._clear()
         free = free_bytes(self.folder)
         if free is not None and free < _SURELY * needed:

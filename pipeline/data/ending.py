@@ -166,7 +166,7 @@ def _end_with_parent() -> None:
     if parent is None:
         return
     signal.set_wakeup_fd(-1)  # or a signal to a worker would be taken for one to the process that started it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent ends its workers itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is how a pool ends its workers
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process, thread = parent

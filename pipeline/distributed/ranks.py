@@ -71,7 +71,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def on_rank_zero(work: Callable[[], None]) -> None:
-    """Runs something on rank 0; if it fails, every rank fails. Collective: none goes on before rank 0 is done."""
+    """Runs something on rank 0; if it fails, every rank fails. Collective: all wait until rank 0 is done."""
     together(work if rank() == 0 else lambda: None)
 
 

@@ -85,11 +85,11 @@ class Signals:
         self._is_over = True
 
     def before_end(self, tell: Callable[[str], None]) -> None:
-        """Has `tell` called with the reason, for some seconds, before a signal ends this process at once."""
+        """Has `tell` called, with the reason, before a signal ends this process at once; it may take seconds."""
         self._before_end.append(tell)
 
     def unless(self, ends_anyway: Callable[[], bool]) -> None:
-        """Lets a process that ends anyway say why. A launcher that sees one rank end sends signals to the others."""
+        """Signals do nothing while `ends_anyway`: a launcher that sees one rank fail sends them to the others."""
         self._ends_anyway = ends_anyway
 
     def __enter__(self) -> Signals:

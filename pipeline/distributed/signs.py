@@ -102,7 +102,7 @@ class Signs:
         return {rank: place.decode() for rank, place in self._get("at", ranks).items()}
 
     def hear(self, times: int) -> int:
-        """Asks how many ranks know of a report; counted in are `times`, 1 or 0, more."""
+        """Asks how many ranks know of a report; `times` is 1 to be counted among them, 0 only to ask."""
         with self._lock:
             return int(self._store.add("heard", times))
 

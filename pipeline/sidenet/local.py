@@ -35,7 +35,7 @@ class LocalAttention:
 
 
 def local_log_sum_exp(query: Tensor, key: Tensor, local: LocalAttention) -> Tensor:
-    """float32 `[B, H, T]` of rotated queries `[B, H, T, D]` and keys `[B, Hkv, T, D]`, with gradients into both."""
+    """Log-sum-exp, float32 `[B, H, T]`, of rotated queries `[B, H, T, D]` and keys `[B, Hkv, T, D]`; has gradients."""
     result: Tensor = _LogSumExp.apply(query.float(), key.float(), local)
     return result
 

@@ -51,6 +51,6 @@ def learning_rate_at(step: int, train: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets the next step's learning rate: that of weights, gates by their factor."""
+    """Sets the learning rate of the next step, given that of weights."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["learning_rate_factor"]

@@ -117,7 +117,7 @@ def _check_known(names: Any, weights: Shapes) -> None:
 
 
 def load_failure(error: Exception) -> str:
-    """What a load failed with; of something refused its name alone: torch's page of advice would be wrong here."""
+    """What a load failed with; of what the unpickler refused only the name: torch's page of advice would mislead."""
     text = str(error)
     for mark in ("Unsupported global: ", "Trying to load unsupported GLOBAL ", "Unsupported operand "):
         if mark in text:

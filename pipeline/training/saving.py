@@ -21,7 +21,18 @@ class Saving:
         self._run, self._clock, self._saved_at = run, clock, clock()
 
     def after_step(self, step: int, *, last: bool, asked: bool) -> None:
-        """Saves if due, asked for or `last`: then all is on the disk. Raises CheckpointError. Collective: as one."""
+        """Saves if it is time, and goes on with the checkpoint that is being written.
+
+        Collective: every rank must call it, after every step, with the same arguments.
+
+        Args:
+            step: Optimizer steps done.
+            last: Whether training ends here: everything is on the disk when this returns.
+            asked: Whether somebody asked for a checkpoint now.
+
+        Raises:
+            CheckpointError: A checkpoint could not be written; older ones are untouched.
+        """
         self._run.checkpoints.publish_if_written()
         if last or asked or self._is_due(step):
             self._saved_at = self._clock()

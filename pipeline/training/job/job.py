@@ -80,7 +80,7 @@ class Job:
         self.status.begin(step, world_size=world_size(), write=rank() == 0)
 
     def check_folder(self) -> None:
-        """Raises TrainingError, on rank 0, if the run folder is gone: its open files could still be written to."""
+        """Raises TrainingError on rank 0 if the run folder is gone: open files stay writable, steps would be lost."""
         if rank() == 0 and is_gone(self.folder):
             raise gone(self.folder)
 

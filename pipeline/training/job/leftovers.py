@@ -30,7 +30,7 @@ class DyingLock:
         self._file = os.open(f"{lock_file_path}.flock", os.O_CREAT | os.O_RDWR, 0o666)
 
     def try_acquire(self) -> bool:
-        """Whether it could take the lock, which nobody had."""
+        """Takes the lock if nobody has it; says whether it is taken."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -53,7 +53,7 @@ def lock_extensions_for_life() -> None:
 
 
 def unlink_shared_buffers() -> None:
-    """Removes the names of DeepSpeed's shared memory, which all ranks have open: it ends with its users. Collective."""
+    """Has DeepSpeed's shared memory end with its last user: removes its names, once all have it open. Collective."""
     barrier()
     job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     (_SHARED_MEMORY / f"deepspeed_allreduce_buffer_{job}_{rank()}").unlink(missing_ok=True)

@@ -130,7 +130,7 @@ def is_gone(folder: Path) -> bool:
 
 
 def gone(folder: Path) -> TrainingError:
-    """What is said then."""
+    """What is said when the run folder is gone."""
     return TrainingError(
         "the run folder was removed while the run trained, or its settings were: the run ends",
         got=f"{folder} without {_CONFIG_NAME}",

@@ -66,7 +66,7 @@ class Status(Typed):
 
 
 def read_status(folder: Path) -> Status | None:
-    """How a run goes; None: it says nothing. Raises DataError: status.json holds something else."""
+    """The status of a run; None if it has none. Raises DataError: status.json holds something else."""
     path = folder / STATUS_NAME
     try:
         return Status.model_validate(parse_json(read_small(path)))
