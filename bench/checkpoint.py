@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint.folder import SavedWorld, StateOwner
-from pipeline.checkpoint.owners import MemoryOwner
+from pipeline.checkpoint.memory import MemoryOwner
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import barrier, gather_objects, rank, world_size
 from pipeline.training.build import Run, build_run

@@ -1,6 +1,7 @@
 """Perplexity of held-out documents: the same tokens by the backbone alone, without, with and with foreign memory.
 
-Shapes: `B` rows, one document each; `T` segment tokens; `N` context and scored tokens of a document.
+Shapes: `B` rows, one document each; `T` segment tokens; `G` ranks of a memory group; `N` context and scored tokens of a
+document, and after them what fills the last `G` segments up.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,18 +25,20 @@ from eval.report import (
     DocumentLosses,
     PerplexityReport,
     summarise,
+    whole_documents,
 )
 from pipeline.config.schema import Config
+from pipeline.config.world import PAIRS_AT_ONCE
 from pipeline.data.held_out import held_out_documents
 from pipeline.data.store import TokenStore
+from pipeline.distributed.groups import MemoryGroup
 from pipeline.errors import ConfigError
+from pipeline.memory.exchange import exchange_of
 from pipeline.model.longmem import LongMem
 from pipeline.model.loss import IGNORED
 from pipeline.model.stream import Memory, Seen, Stream
 
 logger = logging.getLogger(__name__)
-
-PAIRS_PER_BATCH = 2  # 4 rows: more would make the bank larger and no step much faster
 
 
 @torch.no_grad()
@@ -45,8 +47,7 @@ def evaluate(
     store: TokenStore,
     config: Config,
     *,
-    rank: int,
-    world_size: int,
+    group: MemoryGroup,
     progress: bool = False,
     conditions: Sequence[str] | None = None,
 ) -> PerplexityReport:
@@ -58,19 +59,18 @@ def evaluate(
     with the past of another held-out document, equally long. Documents go two by two, in the order of the store, and
     borrow each other's memory; the last of an odd number borrows the first's.
 
-    Each document has a lane of a bank of its own, made here: training memory is not touched. So `memory.scope`
-    `group` is read as `lane`, and `document` is the same as `lane` (but for `other_memory`, where the borrowed
-    chunks are visible on purpose).
+    Each document has a lane of a bank of its own, made here and split over the ranks of a memory group, which read in
+    turn as in training: training memory is not touched. So `memory.scope` `group` is read as `lane`, and `document` is
+    the same as `lane` (but for `other_memory`, where the borrowed chunks are visible on purpose).
 
     Collective: every rank must call it. All run the same number of forward passes, for a partitioned backbone;
-    a rank without a document of its own repeats one that is not counted again.
+    a group without a document of its own repeats one that is not counted again.
 
     Args:
         model: The model.
         store: The held-out split.
         config: The run's settings.
-        rank: This rank.
-        world_size: Number of ranks that the documents are dealt to.
+        group: This rank's memory group; the documents are dealt to all of them.
         progress: Whether this rank shows a progress bar.
         conditions: Some of `CONDITIONS`; None: all, or those without memory if `memory.enabled` is false.
             `other_memory` is left out, with a warning, where there is only one document.
@@ -84,10 +84,10 @@ def evaluate(
     """
     begun = time.perf_counter()
     check_evaluation(config)
-    scored = score(model, store, config, rank=rank, world_size=world_size, progress=progress, conditions=conditions)
-    gathered = _gather_objects((scored, time.perf_counter() - begun), world_size=world_size)
+    scored = score(model, store, config, group=group, progress=progress, conditions=conditions)
+    gathered = _gather_objects((scored, time.perf_counter() - begun), world_size=group.num_groups * group.size)
     return summarise(
-        [one for documents, _ in gathered for one in documents],
+        whole_documents(part for parts, _ in gathered for part in parts),
         context_tokens=config.evaluation.context_tokens,
         segment_tokens=config.train.segment_tokens,
         seconds=max(seconds for _, seconds in gathered),
@@ -123,26 +123,24 @@ def score(
     store: TokenStore,
     config: Config,
     *,
-    rank: int,
-    world_size: int,
+    group: MemoryGroup,
     progress: bool = False,
     conditions: Sequence[str] | None = None,
 ) -> list[DocumentLosses]:
-    """One rank's part of `evaluate`: the losses of its documents.
+    """One rank's part of `evaluate`: the losses of its segments of its memory group's documents.
 
-    Collective: with a partitioned backbone every rank must call it together.
+    Collective: every rank of the memory group must call it together, with a partitioned backbone every rank.
 
     Args:
         model: The model.
         store: The held-out split.
         config: The run's settings.
-        rank: This rank.
-        world_size: Number of ranks that the documents are dealt to.
+        group: As in `evaluate`.
         progress: Whether this rank shows a progress bar.
         conditions: As in `evaluate`.
 
     Returns:
-        Its documents, each counted by one rank only.
+        The group's documents, each counted by one group only; 0 where another rank of the group has read.
 
     Raises:
         DataError: No document is long enough.
@@ -151,39 +149,38 @@ def score(
     num_tokens = settings.context_tokens + settings.scored_tokens
     documents = held_out_documents(store, count=settings.documents, min_tokens=num_tokens)
     chosen = _conditions(config, conditions, num_documents=len(documents))
-    groups = _deal(documents, rank=rank, world_size=world_size)
+    pairs = _deal(documents, group=group.number, num_groups=group.num_groups)
     batches = [
-        [row for group in groups[at : at + PAIRS_PER_BATCH] for row in group]
-        for at in range(0, len(groups), PAIRS_PER_BATCH)
+        [row for pair in pairs[at : at + PAIRS_AT_ONCE] for row in pair] for at in range(0, len(pairs), PAIRS_AT_ONCE)
     ]
-    num_segments = len(batches) * (num_tokens // config.train.segment_tokens)
+    num_segments = len(batches) * -(-num_tokens // (group.size * config.train.segment_tokens))  # of this rank
     scored: list[DocumentLosses] = []
     with tqdm(total=num_segments, desc="evaluation", unit="segment", disable=not progress) as bar:
         for rows in batches:
-            scored += _Batch(model, store, config, rows).score(chosen, after_segment=bar.update)
+            scored += _Batch(model, store, config, rows, group, chosen).score(after_segment=bar.update)
     return scored
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A document that a rank reads; `counted` is false where it only lends its memory or keeps the ranks in step."""
+    """A document that a group reads; `counted` is false where it only lends its memory or keeps the ranks in step."""
 
     document: int
     counted: bool
 
 
-def _deal(documents: Sequence[int], *, rank: int, world_size: int) -> list[list[_Row]]:
-    """A rank's pairs of documents: equally many on all ranks. Who lends to whom does not depend on the world size."""
+def _deal(documents: Sequence[int], *, group: int, num_groups: int) -> list[list[_Row]]:
+    """A group's pairs of documents: equally many in all groups. Who lends to whom does not depend on their number."""
     if len(documents) == 1:
-        groups = [[_Row(documents[0], True)]]
+        pairs = [[_Row(documents[0], True)]]
     else:
         last = [[_Row(documents[-1], True), _Row(documents[0], False)]] if len(documents) % 2 else []
-        groups = [
+        pairs = [
             [_Row(documents[at], True), _Row(documents[at + 1], True)] for at in range(0, len(documents) - 1, 2)
         ] + last
-    filler = [replace(row, counted=False) for row in groups[0]]
-    groups += [filler] * (-len(groups) % world_size)
-    return groups[rank::world_size]
+    filler = [replace(row, counted=False) for row in pairs[0]]
+    pairs += [filler] * (-len(pairs) % num_groups)
+    return pairs[group::num_groups]
 
 
 def _conditions(config: Config, conditions: Sequence[str] | None, *, num_documents: int) -> tuple[str, ...]:
@@ -197,48 +194,65 @@ def _conditions(config: Config, conditions: Sequence[str] | None, *, num_documen
 
 
 class _Batch:
-    """Some documents, one a row, read in lockstep with a bank of their own."""
+    """Some documents, one a row, read in lockstep by the ranks of a memory group with a bank of their own."""
 
-    def __init__(self, model: LongMem, store: TokenStore, config: Config, rows: Sequence[_Row]) -> None:
-        settings = config.evaluation
-        self.rows = rows
-        self.segment_tokens, self.context_tokens = config.train.segment_tokens, settings.context_tokens
+    def __init__(
+        self,
+        model: LongMem,
+        store: TokenStore,
+        config: Config,
+        rows: Sequence[_Row],
+        group: MemoryGroup,
+        conditions: Sequence[str],
+    ) -> None:
+        settings, self.segment_tokens, device = config.evaluation, config.train.segment_tokens, model.device
+        self.rows, self.conditions, self.stride = rows, conditions, group.size * self.segment_tokens
         num_tokens = settings.context_tokens + settings.scored_tokens
-        # One token more, where the document has it: the target of the last one.
-        pieces = [store.tokens(row.document, 0, num_tokens + 1) for row in rows]
-        device = model.device
-        self.tokens = torch.from_numpy(np.stack([piece[:num_tokens] for piece in pieces])).to(device)  # [B, N]
+        self.scored = slice(settings.context_tokens, num_tokens)
+        # The group's segments end together: what fills them up lies behind all that is read, and has no target.
+        length = -(-num_tokens // self.stride) * self.stride
+        self.tokens = torch.zeros(len(rows), length, dtype=torch.int64, device=device)  # [B, N]
         self.targets = torch.full_like(self.tokens, IGNORED)
-        for row, piece in enumerate(pieces):
-            self.targets[row, : len(piece) - 1] = torch.from_numpy(piece[1:]).to(device)
+        for row, tokens, targets in zip(rows, self.tokens, self.targets, strict=True):
+            # One token more, where the document has it: the target of the last one.
+            piece = torch.from_numpy(store.tokens(row.document, 0, num_tokens + 1)).to(device)
+            tokens[:num_tokens], targets[: len(piece) - 1] = piece[:num_tokens], piece[1:]
         self.documents = torch.arange(len(rows), device=device)[:, None].expand(-1, self.segment_tokens)
         self.partners = torch.arange(len(rows), device=device) ^ 1
-        bank = model.bank(len(rows), num_tokens=min(config.memory.tokens, num_tokens))
+        bank = None
+        if {MEMORY_ON, OTHER_MEMORY} & set(conditions):
+            remembered = min(config.memory.tokens, num_tokens)
+            bank = model.bank(len(rows), num_tokens=remembered, group_size=group.size)
         # A row is one document: within it scope `document` hides nothing, and `group` would show it the others'.
-        self.stream = Stream(model, bank, scope="lane")
+        # An exchange of its own: what an evaluation sends is no part of a training step's traffic.
+        self.stream = Stream(model, bank, exchange=exchange_of(group.process_group), scope="lane")
 
-    def score(self, conditions: Sequence[str], *, after_segment: Callable[[], object]) -> list[DocumentLosses]:
-        """Reads the documents to the end.
+    def score(self, *, after_segment: Callable[[], object]) -> list[DocumentLosses]:
+        """Reads the documents to the end, this rank its segments of them.
 
         Args:
-            conditions: What to score.
             after_segment: Called after each segment.
 
         Returns:
             The rows that count.
         """
-        losses: dict[str, list[Tensor]] = {name: [] for name in conditions}
-        for start in range(0, self.tokens.shape[1], self.segment_tokens):
+        own = self.stream.turn.holds(torch.arange(self.scored.start, self.scored.stop))
+        losses = {name: torch.zeros(len(self.rows), len(own), dtype=torch.float64) for name in self.conditions}
+        first = self.stream.turn.rank * self.segment_tokens
+        for start in range(first, self.tokens.shape[1], self.stride):
             segment = slice(start, start + self.segment_tokens)
             seen = self.stream.feed(self.tokens[:, segment], self.documents)
-            if start >= self.context_tokens:
-                for name in conditions:
-                    losses[name].append(self._losses(name, seen, self.targets[:, segment]).double().cpu())
+            # Scoring is a matter of the whole group, though some of its segments may lie before what is scored.
+            if start - first + self.stride > self.scored.start:
+                for name in self.conditions:
+                    found = self._losses(name, seen, self.targets[:, segment])
+                    if self.scored.start <= start < self.scored.stop:
+                        at = start - self.scored.start
+                        losses[name][:, at : at + self.segment_tokens] = found
             after_segment()
-        whole = {name: torch.cat(pieces, dim=1).numpy() for name, pieces in losses.items()}
-        counts = (self.targets[:, self.context_tokens :] != IGNORED).double().cpu().numpy()
+        counts = ((self.targets[:, self.scored] != IGNORED).cpu() & own).double()  # [B, scored]
         return [
-            DocumentLosses(row.document, {name: whole[name][index] for name in conditions}, counts[index])
+            DocumentLosses(row.document, {name: losses[name][index].numpy() for name in losses}, counts[index].numpy())
             for index, row in enumerate(self.rows)
             if row.counted
         ]

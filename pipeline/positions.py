@@ -72,6 +72,10 @@ class PositionRule:
         """Largest distance, in tokens, that is read as it really is; -1 when none is."""
         return {"none": -1, "fixed": -1, "true": float("inf"), "clamp": self.distance}[self.kind]
 
+    def beyond(self, tokens: int) -> PositionRule:
+        """The rule for what lies nowhere in particular: at the far distance, or so many tokens back under `true`."""
+        return PositionRule("fixed", tokens) if self.kind == "true" else self
+
     def far_query(self, query: Tensor, encoding: PositionEncoding, *, backward: bool = False) -> Tensor:
         """Queries `[..., D]` for unrotated keys beyond `near_limit`; `backward` turns a gradient back instead."""
         if self.kind == "none":

@@ -28,6 +28,7 @@ COLUMNS = {
     "gradients, buckets": ("gradients", "reduce buckets"),
     "optimizer": ("optimizer",),
     "bank": ("memory bank",),
+    "evaluation's bank": ("evaluation's memory",),
     "a read": ("backward of one read", "what reads keep"),
     "activations": ("activations", "activations of one layer", "one layer's work", "backbone's taps"),
     "loss": ("LM head gathered", "logits of a piece", "gradient of the hidden states"),

@@ -126,16 +126,17 @@ class Backbone(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Encoding:
-        """Encodes one segment of each row.
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, num_context: int = 0) -> Encoding:
+        """Encodes one segment of each row, which may begin with left context: what is said of that is dropped.
 
         Args:
-            tokens: int64 `[B, T]`.
-            documents: Document of each token, int64 `[B, T]`, if attention must not cross documents (positions then
+            tokens: Context and segment, int64 `[B, num_context + T]`.
+            documents: Document of each token, of the same shape, if attention must not cross documents (positions then
                 begin anew with each document); else None.
+            num_context: Tokens of context.
 
         Returns:
-            The encoding; none of its tensors requires a gradient.
+            The encoding of the segment; none of its tensors requires a gradient.
         """
         kwargs: dict[str, Any] = {}
         if documents is not None:
@@ -144,7 +145,7 @@ class Backbone(nn.Module):
         try:
             self.decoder(input_ids=tokens, use_cache=False, **kwargs)
             memory = [KeyValue(*self._split(layer)[1:]) for layer in self.memory_layers]
-            return Encoding(dict(self._taps), dict(self._calls), memory, documents)
+            return Encoding(dict(self._taps), dict(self._calls), memory, documents).after(num_context)
         finally:
             self._taps.clear()
             self._calls.clear()

@@ -38,8 +38,8 @@ from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
-TOKEN_STORE = "token store"
-"""Name of a part of the identity that older checkpoints do not have."""
+TOKEN_STORE, MEMORY_TOKENS = "token store", "memory tokens"
+"""Names of the parts of the identity that older checkpoints do not have."""
 _NAMED, _REASON = 10, 300  # damaged checkpoints in one message, and characters on each
 
 
@@ -250,7 +250,7 @@ class Checkpoints:
         other = {
             name: (saved.get(name), value)
             for name, value in self.identity.items()
-            if saved.get(name) != value and (name in saved or name != TOKEN_STORE)
+            if saved.get(name) != value and (name in saved or name not in (TOKEN_STORE, MEMORY_TOKENS))
         }
         if other:
             raise CheckpointError(

@@ -20,7 +20,8 @@ from pipeline.config.untrusted import Typed, parse_json, read_small, shown, what
 from pipeline.errors import CheckpointError
 from pipeline.files import hash_file
 
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, FORMAT)  # 2 stores the memory in the order of its slots: the first version of `pipeline/memory/file.py`
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
 _MANIFEST_BYTES = 256 << 20  # of a million files
@@ -105,11 +106,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         found = content["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _not_whole(checkpoint, f"{type(error).__name__} at {path.name}") from error
-    if found != FORMAT:
+    if found not in _READABLE:
         raise CheckpointError(
             f"{checkpoint} has another format",
             got=f"format {shown(found)}",
-            expected=f"format {FORMAT}",
+            expected=f"format {' or '.join(map(str, _READABLE))}",
             do="resume it with the version of LongMem that wrote it",
         )
     try:

@@ -55,6 +55,9 @@ class BackboneConfig(Section):
     """Hugging Face folder or hub name of the pre-trained model."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention of the frozen layers: PyTorch's fused one or plain matrix products."""
+    context_tokens: TokensOrZero = 0
+    """Tokens of a lane before each segment that the backbone reads again with it, so that what is remembered of its
+    first tokens knows what came before. Wants `memory.sink`. 0: each segment is encoded alone (the paper)."""
     deepspeed: Text = "ds_configs/backbone_zero3_inference.json"
     """DeepSpeed JSON of the frozen engine (ZeRO stage 3), relative to the current folder or the repository."""
 
@@ -173,6 +176,7 @@ class Config(Section):
         return ModelSettings(
             memory=self.memory,
             sidenet=self.sidenet,
+            context_tokens=self.backbone.context_tokens,
             segment_tokens=train.segment_tokens,
             precision=train.precision,
             loss_piece_tokens=train.loss_piece_tokens,

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +36,16 @@ class Segment:
         tokens: int64 ``[B, T]``.
         targets: The token after each, int64 ``[B, T]``; -100 at the last token of a document.
         documents: Which reading of a document a token belongs to, int64 ``[B, T]``; unique over lanes and epochs.
+        context_tokens: The tokens before them, int64 ``[B, n]``: as many as were asked for, or as there are.
+        context_documents: Their documents, int64 ``[B, n]``.
         start: Lane position of the first token; the same for all lanes.
     """
 
     tokens: Int64Array
     targets: Int64Array
     documents: Int64Array
+    context_tokens: Int64Array
+    context_documents: Int64Array
     start: int
 
 
@@ -81,13 +85,21 @@ class Lanes:
         lanes: Numbers of the lanes to read, in row order.
         segment_tokens: Tokens of a segment.
         seed: Seed of the deal and of the order of documents in every epoch.
+        context_tokens: Tokens before each segment that are given with it.
 
     Raises:
         DataError: There are more lanes than documents.
     """
 
     def __init__(
-        self, source: TokenSource, *, num_lanes: int, lanes: Sequence[int], segment_tokens: int, seed: int
+        self,
+        source: TokenSource,
+        *,
+        num_lanes: int,
+        lanes: Sequence[int],
+        segment_tokens: int,
+        seed: int,
+        context_tokens: int = 0,
     ) -> None:
         self.lanes = tuple(lanes)
         assert self.lanes, "there must be a lane to read"
@@ -95,7 +107,7 @@ class Lanes:
         assert segment_tokens >= 1
         dealt = deal(source.lengths, num_lanes=num_lanes, seed=seed)
         self._rows = [_Lane(source, lane, num_lanes=num_lanes, documents=dealt[lane], seed=seed) for lane in self.lanes]
-        self._segment_tokens = segment_tokens
+        self._segment_tokens, self._context_tokens = segment_tokens, context_tokens
         self._index = 0
         self._fingerprint = {
             "num_lanes": num_lanes,
@@ -106,17 +118,24 @@ class Lanes:
 
     def next_segment(self) -> Segment:
         """The next segment of every lane; there is no end, epoch follows epoch."""
-        shape = (len(self._rows), self._segment_tokens)
-        segment = Segment(
-            tokens=np.empty(shape, dtype=np.int64),
-            targets=np.empty(shape, dtype=np.int64),
-            documents=np.empty(shape, dtype=np.int64),
-            start=self._index * self._segment_tokens,
-        )
+        start = self._index * self._segment_tokens
+        before = min(self._context_tokens, start)
+        shape = (len(self._rows), before + self._segment_tokens)
+        read = _Tokens(*(np.empty(shape, dtype=np.int64) for _ in range(3)))
         for row, lane in enumerate(self._rows):
-            lane.read_into(segment, row)
+            if before:
+                lane.skip(-before)
+            lane.read_into(read, row)
         self._index += 1
-        return segment
+        tokens, targets, documents = (array[:, before:] for array in read)
+        return Segment(
+            tokens=tokens,
+            targets=targets,
+            documents=documents,
+            context_tokens=read.tokens[:, :before],
+            context_documents=read.documents[:, :before],
+            start=start,
+        )
 
     @property
     def index(self) -> int:
@@ -171,6 +190,14 @@ class Lanes:
         self._index = index
 
 
+class _Tokens(NamedTuple):
+    """Rows of consecutive tokens, as in `Segment`."""
+
+    tokens: Int64Array
+    targets: Int64Array
+    documents: Int64Array
+
+
 class _Lane:
     """One endless row: its documents in a new order each epoch, and a mark of what is read next.
 
@@ -189,8 +216,8 @@ class _Lane:
         self._epoch = -1
         self._order = documents
 
-    def read_into(self, segment: Segment, row: int) -> None:
-        """Fill one row of a segment and move the mark behind it."""
+    def read_into(self, segment: _Tokens, row: int) -> None:
+        """Fill one row and move the mark behind it."""
         filled, wanted = 0, segment.tokens.shape[1]
         while filled < wanted:
             document = self._document()

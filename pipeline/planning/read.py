@@ -1,4 +1,4 @@
-"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.memory.view`."""
+"""What reading memory needs for a while, in bytes. Shapes as in `pipeline.memory.layer`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.config.model import ModelSettings
 from pipeline.memory.bank import BankShape
 from pipeline.memory.search import MARGIN, numbers_of_search
-from pipeline.memory.view import SLOTS_PER_BLOCK, at_once
+from pipeline.memory.segment import SLOTS_PER_BLOCK, at_once
 from pipeline.model.longmem import DTYPES
 from pipeline.planning.part import Part
 from pipeline.planning.shapes import BackboneShape
@@ -80,7 +80,7 @@ def _block_bytes(settings: ModelSettings, shape: BackboneShape, bank: BankShape)
     run = min(slots, SLOTS_PER_BLOCK)
     near = _near_slots(settings, shape, bank) > 0
     device, of_a_head = "cpu" if memory.device == "host" else "cuda", queries // bank.num_kv_heads
-    of_a_query = numbers_of_search(run, k=memory.top_k_chunks, dim=dim)
+    of_a_query = numbers_of_search(run, k=memory.top_k_chunks, unit=(1, dim))
     searched = of_a_head * at_once(bank.num_kv_heads, of_a_head * of_a_query, device=device)
     scores = searched * run * FP32
     candidates = searched * min(memory.top_k_chunks + MARGIN, run) * (2 * dim * FP32 + FP32 + INT64)

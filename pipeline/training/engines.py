@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,14 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
-from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.backbone.backbone import Backbone
-from pipeline.backbone.load import load_backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
 from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
-from pipeline.distributed.ranks import rank, world_size
+from pipeline.distributed.ranks import world_size
 from pipeline.errors import ConfigError, in_a_line
-from pipeline.model.longmem import DTYPES
 from pipeline.sidenet.sidenet import SideNet
 from pipeline.training.job.leftovers import lock_extensions_for_life, unlink_shared_buffers
 from pipeline.training.optimizer import build_optimizer
@@ -128,17 +126,16 @@ class Engines:
         self._config = config
         self._backbone_json = _accepted(backbone_deepspeed(config, world_size()), "backbone.deepspeed")
         self._sidenet_json = _accepted(sidenet_deepspeed(config, world_size()), "train.deepspeed")
-        # transformers splits a model while loading it as long as this object lives.
-        self._partitioning = HfDeepSpeedConfig(self._backbone_json)
 
-    def load(self) -> PreTrainedModel:
-        """Loads the backbone straight into partitions, as `load_backbone`. Collective: every rank must call it."""
-        return load_backbone(
-            self._config.backbone.path,
-            dtype=DTYPES[self._config.train.precision],
-            attention=self._config.backbone.attention,
-            who=f" on rank {rank()}",
-        )
+    @contextmanager
+    def partitioning(self) -> Iterator[None]:
+        """Splits what transformers loads while it is open over the ranks: no rank ever holds it whole."""
+        lives = HfDeepSpeedConfig(self._backbone_json)  # transformers asks whether this object is there
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del lives
 
     def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:
         """Puts both under their engines: the backbone's and the SideNet's. Collective: every rank must call it."""

@@ -22,7 +22,7 @@ from pipeline.distributed.signals import ASKS
 from pipeline.errors import TrainingError
 from pipeline.memory.reader import AgeObserver
 from pipeline.metrics.phases import PhaseTimer
-from pipeline.model.stream import Stream
+from pipeline.model.stream import Context, Seen, Stream
 from pipeline.training.optimizer import learning_rate_at, set_learning_rate
 
 
@@ -129,11 +129,8 @@ class Trainer:
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
         """Losses `[B, T]` of one segment of every lane, and how many of its tokens predict."""
-        tokens, targets, documents = (
-            torch.from_numpy(array).to(self.stream.model.device, non_blocking=True)
-            for array in (segment.tokens, segment.targets, segment.documents)
-        )
-        seen = self.stream.feed(tokens, documents, start=segment.start)
+        seen = feed_segment(self.stream, segment)
+        targets = torch.from_numpy(segment.targets).to(self.stream.model.device, non_blocking=True)
         losses = self.stream.losses(seen, targets, observe_ages=observe_ages)
         return losses, (targets >= 0).sum()
 
@@ -169,3 +166,12 @@ class Trainer:
             return 0.0
         remembered = bank.num_filled * bank.shape.chunk_size * self.stream.exchange.size
         return min(1.0, remembered / self.stream.model.settings.memory.tokens)
+
+
+def feed_segment(stream: Stream, segment: Segment) -> Seen:
+    """Encodes and remembers a segment of every lane, with the context that came with it. Collective: `Stream.feed`."""
+    tokens, documents, *context = (
+        torch.from_numpy(array).to(stream.model.device, non_blocking=True)
+        for array in (segment.tokens, segment.documents, segment.context_tokens, segment.context_documents)
+    )
+    return stream.feed(tokens, documents, Context(*context), start=segment.start)

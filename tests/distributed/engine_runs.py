@@ -24,7 +24,7 @@ def train_one(
 ) -> tuple[Any, list[dict[str, Any]], int]:
     """Builds and trains; every rank gets the run, the lines of metrics.jsonl and the number of evaluations."""
     from eval.perplexity import evaluate
-    from pipeline.distributed.ranks import barrier, rank, world_size
+    from pipeline.distributed.ranks import barrier
     from pipeline.metrics.record import read_metrics
     from pipeline.training.build import build_run
     from pipeline.training.loop import train
@@ -34,7 +34,7 @@ def train_one(
     def evaluation(model: Any, store: Any) -> Any:
         nonlocal evaluations
         evaluations += 1
-        return evaluate(model, store, config, rank=rank(), world_size=world_size())
+        return evaluate(model, store, config, group=run.group)
 
     run = build_run(config)
     if prepare is not None:

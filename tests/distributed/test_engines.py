@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.backbone.backbone import identity
 from pipeline.config.schema import Config
 from tests.ranks import run_ranks
+from tests.shards import in_slot_order
 from tests.tiny_run import VOCABULARY, TinyRun
 
 TOLERANCE = 1e-4  # float32 logits of order 10, summed in another order
@@ -68,7 +69,7 @@ def two_engines(config: Config) -> dict[str, Any]:
     def step_and_look(number: int, **kwargs: Any) -> Any:
         record = step(number, **kwargs)
         if number == 1:
-            remembered.append(run.bank.state_dict())  # type: ignore[union-attr]
+            remembered.append(in_slot_order(run.bank))  # type: ignore[arg-type]
         return record
 
     run.trainer.step = step_and_look  # type: ignore[method-assign]
@@ -88,7 +89,7 @@ def two_engines(config: Config) -> dict[str, Any]:
         "identity_after": identity(model.backbone.model, made_whole=made_whole),
         "weights_after": weights(),
         "remembered": remembered[0],
-        "encoded_again": again.state_dict(),
+        "encoded_again": in_slot_order(again),
         "lanes": lanes.lanes,
     }
 

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.layer import Geometry
 from pipeline.memory.reader import BankReader, MemoryRead
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.model.longmem import DTYPES
 from pipeline.planning.read import read_parts
 from pipeline.planning.shapes import BackboneShape, known_shape
@@ -92,7 +93,7 @@ def read(name: str, exchange: Exchange) -> dict[str, int]:
     found: list[MemoryRead] = []
 
     def forward() -> None:
-        reader = BankReader(bank, of_view, [geometry], start=start, documents=documents, exchange=exchange)
+        reader = BankReader(bank, of_view, [geometry], Reading(start, documents), exchange=exchange)
         found.append(reader.read(0, query))
 
     with pytest.MonkeyPatch.context() as patch:

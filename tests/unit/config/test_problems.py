@@ -97,6 +97,10 @@ def test_memory_layer_beyond_the_sidenet(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"names a layer .* got: 7; expected: 1 to sidenet.num_layers 6"):
         make("--sidenet.memory_layers=[7, 2]", "--sidenet.num_layers=6")
     assert make("--sidenet.memory_layers=[6]", "--sidenet.num_layers=6").sidenet.memory_layers == (6,)
+    with pytest.raises(
+        ConfigError, match=r"faiss finds chunks for single heads only; got: .*kv_head; do: set memory.search"
+    ):
+        make("--memory.search=faiss", "--memory.retrieve_for=kv_head")
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,16 @@ class Documents:
         return whole[start:stop]
 
 
-def make(lengths, *, num_lanes=1, lanes=None, segment_tokens=4, seed=7):
+def make(lengths, *, num_lanes=1, lanes=None, segment_tokens=4, seed=7, context_tokens=0):
     chosen = range(num_lanes) if lanes is None else lanes
-    return Lanes(Documents(lengths), num_lanes=num_lanes, lanes=chosen, segment_tokens=segment_tokens, seed=seed)
+    return Lanes(
+        Documents(lengths),
+        num_lanes=num_lanes,
+        lanes=chosen,
+        segment_tokens=segment_tokens,
+        seed=seed,
+        context_tokens=context_tokens,
+    )
 
 
 def assert_equal(left: Segment, right: Segment):
@@ -45,6 +52,26 @@ JOBS = st.fixed_dictionaries(
         "seed": st.integers(0, 5),
     }
 )
+
+
+@settings(max_examples=40, deadline=None)
+@given(job=JOBS, context_tokens=st.integers(1, 30), size=st.integers(1, 3))
+def test_context_is_what_came_before_in_the_lane_whoever_read_it(job, context_tokens, size):
+    """Ranks of a group read segments in turn; each is given the tokens before its own, over documents and epochs."""
+    length = job["segment_tokens"]
+    plain = make(**job)
+    segments = [plain.next_segment() for _ in range(12)]
+    tokens, documents = (
+        np.concatenate([getattr(segment, name) for segment in segments], axis=1) for name in ("tokens", "documents")
+    )
+    for rank in range(size):
+        lanes = make(**job, context_tokens=context_tokens)
+        for index in range(rank, 12, size):
+            found = lanes.next_of_group(rank, size)
+            assert_equal(found, segments[index])
+            before = slice(max(0, index * length - context_tokens), index * length)
+            np.testing.assert_array_equal(found.context_tokens, tokens[:, before])
+            np.testing.assert_array_equal(found.context_documents, documents[:, before])
 
 
 @settings(max_examples=60, deadline=None)
