@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,11 @@ from tqdm import tqdm
 from eval.report import (
     BACKBONE,
     CONDITIONS,
+    LONGEST_WINDOW,
     MEMORY_OFF,
     MEMORY_ON,
     OTHER_MEMORY,
+    WINDOW_ONLY,
     DocumentLosses,
     PerplexityReport,
     summarise,
@@ -36,9 +39,10 @@ from pipeline.errors import ConfigError
 from pipeline.memory.exchange import exchange_of
 from pipeline.model.longmem import LongMem
 from pipeline.model.loss import IGNORED
-from pipeline.model.stream import Memory, Seen, Stream
+from pipeline.model.stream import Context, Memory, Seen, Stream
 
 logger = logging.getLogger(__name__)
+EVERYTHING = 10**10  # a backbone that says nothing of the longest text that it was made for
 
 
 @torch.no_grad()
@@ -51,13 +55,15 @@ def evaluate(
     progress: bool = False,
     conditions: Sequence[str] | None = None,
 ) -> PerplexityReport:
-    """Scores held-out documents under up to four conditions, all on exactly the same tokens, in one pass.
+    """Scores held-out documents under up to six conditions, all on exactly the same tokens.
 
     Of each document the first `evaluation.context_tokens` are read into memory, segment by segment, and the next
     `evaluation.scored_tokens` are scored and read in. The conditions of a scored segment: `backbone` alone with the
-    same window; `memory_off`, the SideNet without memory; `memory_on`, with the document's own past; `other_memory`,
-    with the past of another held-out document, equally long. Documents go two by two, in the order of the store, and
-    borrow each other's memory; the last of an odd number borrows the first's.
+    same window (context and segment); `memory_off`, the SideNet without memory; `memory_on`, with the document's own
+    past; `other_memory`, with its own recent window and what is retrieved from another held-out document, equally long;
+    `window_only`, where nothing is retrieved: what retrieval is worth is `memory_on` against that. Then
+    `longest_window`, the backbone alone with the longest ordinary window that it takes: the honest rival. Documents go
+    two by two, in the order of the store, and borrow of each other; the last of an odd number borrows the first's.
 
     Each document has a lane of a bank of its own, made here and split over the ranks of a memory group, which read in
     turn as in training: training memory is not touched. So `memory.scope` `group` is read as `lane`, and `document` is
@@ -73,7 +79,8 @@ def evaluate(
         group: This rank's memory group; the documents are dealt to all of them.
         progress: Whether this rank shows a progress bar.
         conditions: Some of `CONDITIONS`; None: all, or those without memory if `memory.enabled` is false.
-            `other_memory` is left out, with a warning, where there is only one document.
+            `other_memory` is left out, with a warning, where there is only one document, `window_only` where
+            there is no window, and `longest_window` where `evaluation.backbone_window_tokens` is 0.
 
     Returns:
         The report, the same on all ranks.
@@ -185,7 +192,12 @@ def _deal(documents: Sequence[int], *, group: int, num_groups: int) -> list[list
 
 def _conditions(config: Config, conditions: Sequence[str] | None, *, num_documents: int) -> tuple[str, ...]:
     if conditions is None:
-        conditions = CONDITIONS if config.memory.enabled else (BACKBONE, MEMORY_OFF)
+        conditions = CONDITIONS if config.memory.enabled else (BACKBONE, MEMORY_OFF, LONGEST_WINDOW)
+        without = {
+            WINDOW_ONLY: config.memory.window_tokens == 0,
+            LONGEST_WINDOW: config.evaluation.backbone_window_tokens == 0,
+        }
+        conditions = [name for name in conditions if not without.get(name)]
     assert conditions and set(conditions) <= set(CONDITIONS), f"conditions are some of {CONDITIONS}"
     if OTHER_MEMORY in conditions and num_documents == 1:
         logger.warning("there is only one held-out document: the memory of another one is not tried")
@@ -209,6 +221,7 @@ class _Batch:
         self.rows, self.conditions, self.stride = rows, conditions, group.size * self.segment_tokens
         num_tokens = settings.context_tokens + settings.scored_tokens
         self.scored = slice(settings.context_tokens, num_tokens)
+        self.longest = longest_window(model.backbone.model.config, settings.backbone_window_tokens)
         # The group's segments end together: what fills them up lies behind all that is read, and has no target.
         length = -(-num_tokens // self.stride) * self.stride
         self.tokens = torch.zeros(len(rows), length, dtype=torch.int64, device=device)  # [B, N]
@@ -220,7 +233,7 @@ class _Batch:
         self.documents = torch.arange(len(rows), device=device)[:, None].expand(-1, self.segment_tokens)
         self.partners = torch.arange(len(rows), device=device) ^ 1
         bank = None
-        if {MEMORY_ON, OTHER_MEMORY} & set(conditions):
+        if {MEMORY_ON, OTHER_MEMORY, WINDOW_ONLY} & set(conditions):
             remembered = min(config.memory.tokens, num_tokens)
             bank = model.bank(len(rows), num_tokens=remembered, group_size=group.size)
         # A row is one document: within it scope `document` hides nothing, and `group` would show it the others'.
@@ -241,15 +254,21 @@ class _Batch:
         first = self.stream.turn.rank * self.segment_tokens
         for start in range(first, self.tokens.shape[1], self.stride):
             segment = slice(start, start + self.segment_tokens)
-            seen = self.stream.feed(self.tokens[:, segment], self.documents)
+            before = slice(start - min(self.stream.model.settings.context_tokens, start), start)
+            context = Context(self.tokens[:, before], self.documents[:, :1].expand(-1, before.stop - before.start))
+            seen = self.stream.feed(self.tokens[:, segment], self.documents, context)
             # Scoring is a matter of the whole group, though some of its segments may lie before what is scored.
             if start - first + self.stride > self.scored.start:
                 for name in self.conditions:
+                    if name == LONGEST_WINDOW:
+                        continue
                     found = self._losses(name, seen, self.targets[:, segment])
                     if self.scored.start <= start < self.scored.stop:
                         at = start - self.scored.start
                         losses[name][:, at : at + self.segment_tokens] = found
             after_segment()
+        if LONGEST_WINDOW in losses:
+            self._score_longest_window(losses[LONGEST_WINDOW])
         counts = ((self.targets[:, self.scored] != IGNORED).cpu() & own).double()  # [B, scored]
         return [
             DocumentLosses(row.document, {name: losses[name][index].numpy() for name in losses}, counts[index].numpy())
@@ -261,8 +280,35 @@ class _Batch:
         """Losses of one segment, nats, float32 `[B, T]`."""
         if condition == BACKBONE:
             return self.stream.backbone_losses(seen, targets)
-        memory: Mapping[str, Memory] = {MEMORY_OFF: "none", MEMORY_ON: "own", OTHER_MEMORY: self.partners}
-        return self.stream.losses(seen, targets, memory=memory[condition])
+        memory: Mapping[str, Memory] = {MEMORY_OFF: "none", WINDOW_ONLY: "window"}
+        # The window stays the row's own: what is borrowed is what retrieval gives.
+        borrowed = self.partners if condition == OTHER_MEMORY else None
+        return self.stream.losses(seen, targets, memory=memory.get(condition, "own"), retrieve_from=borrowed)
+
+    def _score_longest_window(self, into: Tensor) -> None:
+        """Losses by the backbone alone with all that it can take before each token, `[B, scored]`.
+
+        The ranks of a group share the rows; each reads as many, one at a time, for a partitioned backbone.
+        """
+        group, scored = self.stream.turn, self.scored
+        rows = range(group.rank, -(-len(self.rows) // group.size) * group.size, group.size)
+        length = scored.stop - scored.start if scored.stop <= self.longest else self.segment_tokens
+        for row in rows:
+            one = slice(row % len(self.rows), row % len(self.rows) + 1)
+            for start in range(scored.start, scored.stop, length):
+                stop = min(start + length, scored.stop)
+                before = min(start, max(0, self.longest - (stop - start)))
+                tokens = self.tokens[one, start - before : stop]
+                encoding = self.stream.model.encode(tokens, None, num_context=before)
+                found = self.stream.model.backbone_losses(encoding, self.targets[one, start:stop])
+                if row < len(self.rows):
+                    into[one, start - scored.start : stop - scored.start] = found.to(into)
+
+
+def longest_window(config: Any, wanted: int | None) -> int:
+    """Tokens of the longest ordinary window that a backbone is tried with; None: as many as it was made for."""
+    most = getattr(config, "max_position_embeddings", None) or EVERYTHING
+    return most if wanted is None else min(most, wanted)
 
 
 def _gather_objects(

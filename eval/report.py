@@ -13,14 +13,24 @@ import numpy.typing as npt
 Float64Array = npt.NDArray[np.float64]
 
 BACKBONE, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY = "backbone", "memory_off", "memory_on", "other_memory"
+WINDOW_ONLY, LONGEST_WINDOW = "window_only", "longest_window"
 LABELS = {
     BACKBONE: "(a) backbone alone, same window",
     MEMORY_OFF: "(b) memory off",
     MEMORY_ON: "(c) memory on",
     OTHER_MEMORY: "(d) memory of another document",
+    WINDOW_ONLY: "(e) window only, nothing retrieved",
+    LONGEST_WINDOW: "(f) backbone alone, longest window",
 }
 CONDITIONS = tuple(LABELS)
-PAIRS = ((MEMORY_ON, MEMORY_OFF), (MEMORY_ON, BACKBONE), (MEMORY_ON, OTHER_MEMORY))
+PAIRS = (
+    (MEMORY_ON, MEMORY_OFF),
+    (MEMORY_ON, BACKBONE),
+    (MEMORY_ON, OTHER_MEMORY),
+    (MEMORY_ON, WINDOW_ONLY),
+    (OTHER_MEMORY, WINDOW_ONLY),
+    (MEMORY_ON, LONGEST_WINDOW),
+)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,9 @@ class EvaluationConfig(Section):
     """Tokens of each document read into memory before any is scored."""
     scored_tokens: Tokens = 1024
     """Tokens scored in each document, after the context."""
+    backbone_window_tokens: TokensOrZero | None = None
+    """The longest ordinary window that the backbone alone is tried with, the rival of memory: tokens are scored with so
+    many before them, or as many as there are. Null: as many as the backbone was made for; 0: it is not tried."""
 
 
 class Config(Section):

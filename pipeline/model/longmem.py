@@ -140,14 +140,15 @@ class LongMem:
         check_room(needed, device, num_ranks=local_size(os.environ))
         return MemoryBank(shape, dtype=dtype, device=device)
 
-    def encode(self, tokens: Tensor, documents: Tensor, *, num_context: int = 0) -> Encoding:
+    def encode(self, tokens: Tensor, documents: Tensor | None, *, num_context: int = 0) -> Encoding:
         """Encodes one segment of each lane with the frozen backbone.
 
         Collective: with a partitioned backbone every rank must call it together.
 
         Args:
             tokens: Left context and segment, int64 `[B, num_context + T]`.
-            documents: Document of each token, of the same shape; under scope `document` attention stays inside.
+            documents: Document of each token, of the same shape; under scope `document` attention stays inside. None:
+                each row is one document.
             num_context: Tokens of left context.
 
         Returns:

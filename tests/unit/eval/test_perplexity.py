@@ -28,6 +28,7 @@ LENGTHS = (41, 40, 39, 70, 55, 48)  # context and scored tokens are 40: one with
 DOCUMENTS = (0, 1, 3, 4, 5)
 PARTNERS = {0: 1, 1: 0, 3: 4, 4: 3, 5: 0}
 SEGMENT, CONTEXT, SCORED = 8, 24, 16
+NO_WINDOW = tuple(name for name in CONDITIONS if name != "window_only")
 
 
 def group_of_one(number=0, *, of=1):
@@ -52,9 +53,16 @@ def store(tmp_path_factory):
     return save(tmp_path_factory.mktemp("data") / "store", documents)
 
 
-def config_for(*, documents=8, scope="lane", enabled=True, memory_tokens=32, **evaluation):
+def config_for(*, documents=8, scope="lane", enabled=True, memory_tokens=32, memory=None, left=0, **evaluation):
     return tiny_config(
-        memory={"scope": scope, "enabled": enabled, "position": "clamp:12", "tokens": memory_tokens},
+        backbone={"context_tokens": left},
+        memory={
+            "scope": scope,
+            "enabled": enabled,
+            "position": "clamp:12",
+            "tokens": memory_tokens,
+            **(memory or {}),
+        },
         sidenet={"layout": "top", "memory_layers": "all", "fusion": "joint", "gate_init": 2.0},
         train={"segment_tokens": SEGMENT},
         evaluation={"documents": documents, "context_tokens": CONTEXT, "scored_tokens": SCORED, **evaluation},
@@ -114,7 +122,7 @@ def loop(model, store, document, memory_of):
 def test_the_documents_that_are_long_enough_are_scored_whole(scored):
     assert tuple(sorted(scored)) == DOCUMENTS
     for document, one in scored.items():
-        assert tuple(one.losses) == CONDITIONS
+        assert tuple(one.losses) == NO_WINDOW
         assert one.counts.tolist() == [1.0] * 15 + [0.0 if document == 1 else 1.0]
         assert all(len(losses) == SCORED and losses.dtype == np.float64 for losses in one.losses.values())
         assert (one.losses["memory_on"][one.counts == 0] == 0).all()
@@ -131,6 +139,50 @@ def test_backbone_alone_is_the_model_of_transformers(scored, store):
             expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             found = scored[document].losses["backbone"][start - CONTEXT :][: len(targets)]
             np.testing.assert_allclose(found, expected.numpy(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 40, 33, 20, 0])
+def test_the_longest_window_is_the_model_of_transformers_with_all_before_a_token(make, store, window):
+    config, model = make(backbone_window_tokens=window)
+    found = by_document(score(model, store, config, group=group_of_one()))
+    if window == 0:
+        assert all("longest_window" not in one.losses for one in found.values())
+        return
+    plain, wanted = tiny_model("llama"), 96 if window is None else window
+    for document in DOCUMENTS:
+        tokens = torch.from_numpy(store.tokens(document, 0, CONTEXT + SCORED + 1))
+        pieces = [(CONTEXT, CONTEXT + SCORED)]
+        if wanted < CONTEXT + SCORED:  # then each segment has what fits before it
+            pieces = [(start, start + SEGMENT) for start in range(CONTEXT, CONTEXT + SCORED, SEGMENT)]
+        for start, stop in pieces:
+            before, targets = max(0, stop - wanted), tokens[start + 1 : stop + 1]
+            with torch.no_grad():
+                logits = plain(tokens[None, before:stop]).logits[0, start - before :][: len(targets)]
+            expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            got = found[document].losses["longest_window"][start - CONTEXT :][: len(targets)]
+            np.testing.assert_allclose(got, expected.numpy(), atol=TOLERANCE)
+
+
+def test_another_memory_leaves_a_row_its_own_window(make, store):
+    """With a window of all that is remembered nothing is retrieved and nothing borrowed; with less, something is."""
+    losses = {}
+    for window in (8, 32):
+        config, model = make(memory={"window_tokens": window, "sink": True}, left=5)
+        losses[window] = by_document(score(model, store, config, group=group_of_one()))
+        assert tuple(losses[window][0].losses) == CONDITIONS
+    for document in DOCUMENTS:
+        all_of_it, some = losses[32][document].losses, losses[8][document].losses
+        for name in ("other_memory", "window_only"):
+            np.testing.assert_allclose(all_of_it[name], all_of_it["memory_on"], atol=TOLERANCE)
+            assert abs(some[name] - some["memory_on"]).max() > 100 * TOLERANCE
+        assert abs(some["window_only"] - all_of_it["window_only"]).max() > 100 * TOLERANCE
+        assert abs(some["other_memory"] - some["window_only"]).max() > 100 * TOLERANCE
+    # The same window is context and segment: the first scored segment by the model itself.
+    tokens = torch.from_numpy(store.tokens(0, CONTEXT - 5, CONTEXT + SEGMENT + 1))
+    with torch.no_grad():
+        logits = tiny_model("llama")(tokens[None, :-1]).logits[0, 5:]
+    expected = torch.nn.functional.cross_entropy(logits, tokens[6:], reduction="none")
+    np.testing.assert_allclose(losses[8][0].losses["backbone"][:SEGMENT], expected.numpy(), atol=TOLERANCE)
 
 
 def test_without_memory_an_untrained_sidenet_is_the_backbone(scored):
@@ -192,9 +244,9 @@ def test_ranks_share_the_documents_and_make_the_same_collective_calls(
     def counted(name):
         original = getattr(model, name)
 
-        def call(*args):
+        def call(*args, **kwargs):
             calls[-1].append(name)
-            return original(*args)
+            return original(*args, **kwargs)
 
         return call
 
@@ -256,14 +308,15 @@ def test_one_document_has_no_other_to_borrow_from(make, store, caplog):
     with caplog.at_level(logging.WARNING):
         report = evaluate(model, store, config, group=group_of_one())
     assert "only one held-out document" in caplog.text
-    assert tuple(report.conditions) == CONDITIONS[:3] and len(report.differences) == 2
+    assert tuple(report.conditions) == ("backbone", "memory_off", "memory_on", "longest_window")
+    assert len(report.differences) == 3
     assert report.unit == "segment"
 
 
 def test_without_memory_only_what_needs_none_is_scored(make, store):
     config, model = make(enabled=False)
     report = evaluate(model, store, config, group=group_of_one())
-    assert tuple(report.conditions) == ("backbone", "memory_off") and report.differences == []
+    assert tuple(report.conditions) == ("backbone", "memory_off", "longest_window") and report.differences == []
 
 
 def test_conditions_can_be_chosen(make, store, scored):
