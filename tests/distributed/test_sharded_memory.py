@@ -52,9 +52,7 @@ CASES: Mapping[str, Case] = {
     "memory_of_one_segment": deep(tokens=16, position="clamp:8", token_seed=1),
     "memory_larger_than_text": deep(tokens=4096, position="true", token_seed=15),
     "shared": deep(position="clamp:40", retrieve_for="kv_head"),
-    "shared_group_ties": deep(
-        position="none", retrieve_for="kv_head", scope="group", vocabulary=3, token_seed=6
-    ),
+    "shared_group_ties": deep(position="none", retrieve_for="kv_head", scope="group", vocabulary=3, token_seed=6),
     "context_sink_window": deep(
         position="clamp:40", context_tokens=10, sink=True, window_tokens=24, retrieve_for="kv_head"
     ),
@@ -66,9 +64,7 @@ CASES: Mapping[str, Case] = {
         scope="document",
         sidenet={"activation_checkpointing": True},
     ),
-    "window_group_gate": deep(
-        "gpt2", scope="group", window_tokens=8, sidenet={"fusion": "gate"}, token_seed=83
-    ),
+    "window_group_gate": deep("gpt2", scope="group", window_tokens=8, sidenet={"fusion": "gate"}, token_seed=83),
     "window_alibi": deep("bloom", position="clamp:40", window_tokens=64, sink=True, token_seed=1),
     WINDOW_ONLY: deep(position="none", window_tokens=96, context_tokens=16),
     # Weights stand still, and one layer reads: the same queries to the last bit, however narrow the choice.
