@@ -62,8 +62,7 @@ class TextLane:
         start = self.bank.end if self.bank else self.read - self.length
         before = min(self.context_tokens, start)
         context = self.tokens[(self.read - self.length - before + np.arange(before)) % len(self.tokens)][None]
-        none = np.zeros_like(context)
-        return Segment(text[:, :-1], text[:, 1:], nothing, nothing, context, none, start=start, index=0, lanes=(0,))
+        return Segment(text[:, :-1], text[:, 1:], nothing, context, np.zeros_like(context), start=start)
 
 
 def read_text(backbone: str, num_tokens: int) -> np.ndarray:

@@ -92,7 +92,7 @@ def evaluate(
     begun = time.perf_counter()
     check_evaluation(config)
     scored = score(model, store, config, group=group, progress=progress, conditions=conditions)
-    gathered = _gather((scored, time.perf_counter() - begun), world_size=group.num_groups * group.size)
+    gathered = _gather_objects((scored, time.perf_counter() - begun), world_size=group.num_groups * group.size)
     return summarise(
         whole_documents(part for parts, _ in gathered for part in parts),
         context_tokens=config.evaluation.context_tokens,
@@ -311,7 +311,9 @@ def longest_window(config: Any, wanted: int | None) -> int:
     return most if wanted is None else min(most, wanted)
 
 
-def _gather(mine: tuple[list[DocumentLosses], float], *, world_size: int) -> list[tuple[list[DocumentLosses], float]]:
+def _gather_objects(
+    mine: tuple[list[DocumentLosses], float], *, world_size: int
+) -> list[tuple[list[DocumentLosses], float]]:
     if world_size == 1:
         return [mine]
     assert dist.is_initialized(), "several ranks need an initialised process group"

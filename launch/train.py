@@ -31,11 +31,7 @@ def main() -> None:
 
 
 def run(config: Config) -> None:
-    """Trains with a configuration, and shows what came out.
-
-    Args:
-        config: The settings.
-    """
+    """Trains with a configuration, and shows what came out."""
     with Signals(usr1_stops=config.run.on_usr1 == "stop") as signals:
         ended = _train(config, signals)
         if ended.asked is not None:

@@ -42,14 +42,7 @@ WORLDS = {  # of a section of the page: nodes, GPUs of each, lanes, group size
 
 
 def page(text: str) -> str:
-    """Renews the example and the tables of the page.
-
-    Args:
-        text: The page.
-
-    Returns:
-        The page, everything else as it was.
-    """
+    """The page with its example and tables made anew, everything else as it was."""
     example = re.search(r"    \$ (python launch/plan\.py (?:.*\\\n)*.*\n)((?:    .*\n|\n)*)", text)
     assert example is not None
     printed = "".join(f"    {line}".rstrip() + "\n" for line in _run(_words(example[1])).splitlines())

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.rank_files import damage_of, rank_file
-from pipeline.distributed.ranks import gather, rank, world_size
+from pipeline.distributed.ranks import gather_objects, rank, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.file import Part, fill, open_memory, snapshot
@@ -86,7 +86,7 @@ class MemoryOwner:
         Raises:
             CheckpointError: The stored memory has another shape or dtype, or does not go back far enough.
         """
-        if not gather(rank_file(folder, 0).is_file())[0]:
+        if not gather_objects(rank_file(folder, 0).is_file())[0]:
             self.replay()
             return
         try:

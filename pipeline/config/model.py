@@ -150,14 +150,7 @@ class ModelSettings(Section):
 
 
 def dotted(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten sections to dotted names.
-
-    Args:
-        sections: Section name to a mapping of its keys; a section that is no mapping is left out.
-
-    Returns:
-        `section.key` to value.
-    """
+    """Sections flattened to `section.key` -> value; a section that is no mapping is left out."""
     return {
         f"{section}.{key}": value
         for section, keys in sections.items()

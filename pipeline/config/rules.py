@@ -80,14 +80,7 @@ RULES = (
 
 
 def rule_problems(values: Mapping[str, Any]) -> list[str]:
-    """Check all rules whose settings are known.
-
-    Args:
-        values: Dotted name to valid value. A rule with a name that is missing here is skipped.
-
-    Returns:
-        One line for each broken rule.
-    """
+    """A line for each broken rule; a rule with a name that is not among the (valid) values is skipped."""
     usable = [rule for rule in RULES if all(name in values for name in rule.fields)]
     found = [rule.problem(*(values[name] for name in rule.fields)) for rule in usable]
     return [problem for problem in found if problem is not None]

@@ -115,17 +115,6 @@ class TrainConfig(Section):
     deepspeed: Text = "ds_configs/sidenet_zero2.json"
     """DeepSpeed JSON of the training engine (ZeRO stage 2), relative to the current folder or the repository."""
 
-    def tokens_per_step(self, lanes: int) -> int:
-        """Tokens read in one optimizer step by the whole job.
-
-        Args:
-            lanes: Lanes of the whole job.
-
-        Returns:
-            The number of tokens.
-        """
-        return lanes * self.segments_per_step * self.segment_tokens
-
 
 class CheckpointConfig(Section):
     """When training is saved."""

@@ -36,23 +36,17 @@ class Segment:
         tokens: int64 ``[B, T]``.
         targets: The token after each, int64 ``[B, T]``; -100 at the last token of a document.
         documents: Which reading of a document a token belongs to, int64 ``[B, T]``; unique over lanes and epochs.
-        document_positions: Position in that document, from 0, int64 ``[B, T]``.
         context_tokens: The tokens before them, int64 ``[B, n]``: as many as were asked for, or as there are.
         context_documents: Their documents, int64 ``[B, n]``.
         start: Lane position of the first token; the same for all lanes.
-        index: Number of the segment, from 0.
-        lanes: Numbers of the B lanes.
     """
 
     tokens: Int64Array
     targets: Int64Array
     documents: Int64Array
-    document_positions: Int64Array
     context_tokens: Int64Array
     context_documents: Int64Array
     start: int
-    index: int
-    lanes: tuple[int, ...]
 
 
 def deal(lengths: npt.ArrayLike, *, num_lanes: int, seed: int) -> list[Int64Array]:
@@ -127,23 +121,20 @@ class Lanes:
         start = self._index * self._segment_tokens
         before = min(self._context_tokens, start)
         shape = (len(self._rows), before + self._segment_tokens)
-        read = _Tokens(*(np.empty(shape, dtype=np.int64) for _ in range(4)))
+        read = _Tokens(*(np.empty(shape, dtype=np.int64) for _ in range(3)))
         for row, lane in enumerate(self._rows):
             if before:
                 lane.skip(-before)
             lane.read_into(read, row)
         self._index += 1
-        tokens, targets, documents, positions = (array[:, before:] for array in read)
+        tokens, targets, documents = (array[:, before:] for array in read)
         return Segment(
             tokens=tokens,
             targets=targets,
             documents=documents,
-            document_positions=positions,
             context_tokens=read.tokens[:, :before],
             context_documents=read.documents[:, :before],
             start=start,
-            index=self._index - 1,
-            lanes=self.lanes,
         )
 
     @property
@@ -152,15 +143,7 @@ class Lanes:
         return self._index
 
     def next_of_group(self, rank: int, size: int) -> Segment:
-        """One rank's segment of the next ones, which its memory group reads together; the others' are passed over.
-
-        Args:
-            rank: The rank's number in its group.
-            size: Ranks of the group.
-
-        Returns:
-            The segment; afterwards the lanes stand behind those of all ranks.
-        """
+        """The segment of one rank of a memory group of `size`; afterwards the lanes stand behind those of all ranks."""
         self.skip(rank)
         segment = self.next_segment()
         self.skip(size - 1 - rank)
@@ -213,7 +196,6 @@ class _Tokens(NamedTuple):
     tokens: Int64Array
     targets: Int64Array
     documents: Int64Array
-    document_positions: Int64Array
 
 
 class _Lane:
@@ -248,7 +230,6 @@ class _Lane:
             segment.targets[row, here] = IGNORED_TARGET
             segment.targets[row, filled : filled + len(piece) - 1] = piece[1:]
             segment.documents[row, here] = self.ordinal * self._num_lanes + self.number
-            segment.document_positions[row, here] = np.arange(self.offset, self.offset + taken)
             filled += taken
             self.offset += taken
             if self.offset == length:
@@ -265,15 +246,7 @@ class _Lane:
         self.seek((epoch + epochs) * len(self._documents) + place, target - begin)
 
     def seek(self, ordinal: int, offset: int) -> None:
-        """Put the mark on a token of a document.
-
-        Args:
-            ordinal: Number of the document, counted over all epochs.
-            offset: Position of the token in it.
-
-        Raises:
-            DataError: There is no such token.
-        """
+        """Put the mark on a token of a document, counted over all epochs. Raises DataError: there is no such token."""
         self.ordinal, self.offset = ordinal, offset
         if ordinal < 0 or not 0 <= offset < self._source.lengths[self._document()]:
             raise DataError(
@@ -295,16 +268,7 @@ class _Lane:
 
 
 def check_documents(source: TokenSource, *, chunk_size: int, num_lanes: int) -> None:
-    """Check before training that the documents suit the memory and the lanes.
-
-    Args:
-        source: The training documents.
-        chunk_size: memory.chunk_size.
-        num_lanes: data.lanes.
-
-    Raises:
-        DataError: A document is shorter than a chunk, or there are more lanes than documents.
-    """
+    """Raises DataError if a document is shorter than a chunk of memory, or there are fewer documents than lanes."""
     num_short = int((source.lengths < chunk_size).sum())
     if num_short:
         raise DataError(

@@ -190,17 +190,17 @@ class MemoryBank:
         self.documents[:, slots.to(self.device)] = documents.to(self.device)
 
     @torch.no_grad()
-    def put(self, layer: int, keys: Tensor, values: Tensor, *, lanes: Tensor, slots: Tensor) -> None:
+    def put(self, index: int, keys: Tensor, values: Tensor, *, lanes: Tensor, slots: Tensor) -> None:
         """Writes chunks of some lanes into slots; `label` says which chunks they are.
 
         Args:
-            layer: Memory layer, counted from 0.
+            index: Index of the memory layer.
             keys: In the bank's dtype, `[Hkv, lanes, slots, c, D]`.
             values: The same.
             lanes: Which lanes, int64.
             slots: Which slots, int64.
         """
-        store, keys = self.layers[layer], keys.to(self.device)
+        store, keys = self.layers[index], keys.to(self.device)
         lanes, slots = lanes.to(self.device)[:, None], slots.to(self.device)
         store.keys[:, lanes, slots] = keys
         store.values[:, lanes, slots] = values.to(self.device)

@@ -143,11 +143,11 @@ class StoredMemory:
         self.positions, self.documents = positions[self._order], documents[:, self._order]
         self._check()
 
-    def read(self, layer: int, *, lanes: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, index: int, *, lanes: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """Reads keys and values.
 
         Args:
-            layer: Memory layer, counted from 0.
+            index: Index of the memory layer.
             lanes: Which lanes, int64.
             chunks: Which chunks, as numbers in `positions`, int64.
 
@@ -155,7 +155,7 @@ class StoredMemory:
             Keys and values `[Hkv, lanes, chunks, c, D]`.
         """
         at = (slice(None), lanes[:, None], self._order[chunks])
-        return self._file.get_tensor(f"keys.{layer}")[at], self._file.get_tensor(f"values.{layer}")[at]
+        return self._file.get_tensor(f"keys.{index}")[at], self._file.get_tensor(f"values.{index}")[at]
 
     def _check(self) -> None:
         positions, about = self.positions, self.about

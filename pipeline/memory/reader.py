@@ -74,24 +74,24 @@ class BankReader:
         self._rules = [geometry.rule(settings.rule) for geometry in geometries]
         self._window = Window.of(bank, settings, readings, self.exchange) if settings.window_tokens else None
 
-    def read(self, layer: int, query: Tensor) -> MemoryRead:
+    def read(self, index: int, query: Tensor) -> MemoryRead:
         """Reads one memory layer; gradients flow into the query.
 
         Collective: every rank of the group must call it together, and its backward pass too.
 
         Args:
-            layer: Memory layer, counted from 0.
+            index: Index of the memory layer.
             query: Unrotated queries `[B, H, T, D]`, any floating dtype.
 
         Returns:
             Values and log-sum-exp, on the query's device.
         """
         with self.timed():
-            store, geometry = self.bank.layers[layer], self.geometries[layer]
-            views = [LayerView(segment, store, geometry) for segment in self._segments[self._rules[layer]]]
+            store, geometry = self.bank.layers[index], self.geometries[index]
+            views = [LayerView(segment, store, geometry) for segment in self._segments[self._rules[index]]]
             window = None if self._window is None else self._window.of_layer(store, geometry)
             observe = self.observe_ages
-            told = None if observe is None else lambda ages: observe(layer, ages)
+            told = None if observe is None else lambda ages: observe(index, ages)
             group = GroupRead(views, window, self.exchange, told)
             found = read(query.to(self.bank.device, torch.float32), group)
             back = [x.to(query.device) for x in found]

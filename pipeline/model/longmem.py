@@ -221,7 +221,7 @@ class LongMem:
         Returns:
             Nats, float32 `[B, T]`.
         """
-        with self.backbone.gather(list(self.backbone.norm.parameters())):
+        with self.backbone.made_whole(list(self.backbone.norm.parameters())):
             hidden = self.backbone.norm(encoding.taps[len(self.backbone.layers)])
         return self.losses(hidden, targets)
 
@@ -253,7 +253,7 @@ def build(settings: ModelSettings, model: PreTrainedModel, **kwargs: Any) -> tup
     Args:
         settings: What the model is.
         model: The causal LM.
-        **kwargs: `gather`, as in `Backbone`.
+        **kwargs: `made_whole`, as in `Backbone`.
 
     Returns:
         Backbone (with the last tap, too) and SideNet.

@@ -6,6 +6,7 @@ Shapes: `B` rows, `H` query heads, `T` tokens, `D` head size, `E` hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -39,16 +40,8 @@ class MemoryRead(Protocol):
 class MemoryReader(Protocol):
     """All that the SideNet knows of memory."""
 
-    def read(self, layer: int, query: Tensor) -> MemoryRead:
-        """Reads one memory layer.
-
-        Args:
-            layer: Memory layer, counted from 0.
-            query: Unrotated queries `[B, H, T, D]`.
-
-        Returns:
-            What was read.
-        """
+    def read(self, index: int, query: Tensor) -> MemoryRead:
+        """Reads the bank of one memory layer, by its index among them, with unrotated queries `[B, H, T, D]`."""
         ...
 
 
@@ -59,7 +52,7 @@ class MemoryFusion(nn.Module):
 
     Args:
         attention: The attention module; hooks are put on its projections.
-        index: Memory layer, counted from 0.
+        index: Its index among the memory layers.
         family: The model's family.
         head_dim: `D`.
         num_heads: `H`.
@@ -94,7 +87,7 @@ class MemoryFusion(nn.Module):
         self.reader: MemoryReader | None = None
         self.documents: Tensor | None = None
         self.sink: KeyValue | None = None
-        self.memory_share: Tensor | None = None  # [H], mean weight of memory at the last read
+        self.memory_share: Tensor | None = None  # mean weight of memory at the last read
         self._outputs: dict[str, Tensor] = {}
         for name in family.hooked:
             attention.get_submodule(name).register_forward_hook(self._keep(name))
@@ -120,7 +113,7 @@ class MemoryFusion(nn.Module):
             query, key, _ = self.family.split(outputs, self.head_dim)
             local = args[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             fused = self.fuse(local, query, key, self.reader)
-            return (fused.transpose(1, 2).flatten(2), *args[1:])
+            return (fused.transpose(1, 2).flatten(2), *args[1:])  # [B, T, H * D]
 
         return hook
 
@@ -156,8 +149,8 @@ class MemoryFusion(nn.Module):
         else:
             sees = read.log_sum_exp != float("-inf")
             weight = torch.where(sees, torch.sigmoid(self.gate.float())[:, None], 1.0)
-        self.memory_share = 1.0 - weight.detach().mean(dim=(0, 2))
-        weight = weight[..., None]
+        self.memory_share = 1.0 - weight.detach().mean(dim=(0, 2))  # [H]
+        weight = weight[..., None]  # [B, H, T, 1]
         return (weight * near + (1 - weight) * read.values).to(local.dtype)
 
     def _attend_sink(self, query: Tensor, sink: KeyValue) -> tuple[Tensor, Tensor]:
@@ -167,14 +160,13 @@ class MemoryFusion(nn.Module):
         logits = torch.einsum("bhgtd,hd->bhgt", by_head, sink.key[0, :, 0].float()).flatten(1, 2) * self.local.scale
         if self.encoding.slopes is not None:
             logits = logits - self.encoding.slopes.to(query.device)[:, None] * self.sink_rule.distance
-        values = sink.value[:, :, None].expand_as(by_head).flatten(1, 2)
+        values = sink.value[:, :, None].expand_as(by_head).flatten(1, 2)  # [B, H, T, D]
         return values.float(), logits
 
     def _local_log_sum_exp(self, query: Tensor, key: Tensor) -> Tensor:
         place = torch.arange(query.shape[2], device=query.device)
         rotated = self.encoding.rotate(query.float(), place), self.encoding.rotate(key.float(), place)
-        local = LocalAttention(self.local.scale, self.local.slopes, self.local.window, self.documents)
-        return local_log_sum_exp(*rotated, local)
+        return local_log_sum_exp(*rotated, replace(self.local, documents=self.documents))
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

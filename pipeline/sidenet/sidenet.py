@@ -82,14 +82,7 @@ class SideNet(nn.Module):
         return {int(name): cast(MemoryFusion, fusion) for name, fusion in self.memory.items()}
 
     def train(self, mode: bool = True) -> SideNet:
-        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
-
-        Args:
-            mode: Ignored.
-
-        Returns:
-            Itself.
-        """
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it."""
         return super().train(False)
 
     def forward(self, encoding: Encoding, reader: MemoryReader | None = None) -> Tensor:
@@ -151,7 +144,7 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 def _trainable_copy(module: nn.Module, backbone: Backbone) -> nn.Module:
     """A copy with parameters of its own and without the hooks that were put on the original."""
-    with backbone.gather(list(module.parameters())):
+    with backbone.made_whole(list(module.parameters())):
         clone = copy.deepcopy(module)
     for part in clone.modules():
         part._forward_hooks.clear()

@@ -44,7 +44,7 @@ from pipeline.training.engine_owner import EngineOwner
 from pipeline.training.engines import (
     Engines,
     check_precision,
-    gather_partitions,
+    made_whole,
     start_distributed,
 )
 from pipeline.training.job.job import Job
@@ -232,8 +232,8 @@ def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str
             attention=config.backbone.attention,
             who=f" on rank {rank()}",
         )
-    backbone, sidenet = build(config.model, causal_lm, gather=gather_partitions)
-    backbone_identity = identity(causal_lm, gather=gather_partitions)
+    backbone, sidenet = build(config.model, causal_lm, made_whole=made_whole)
+    backbone_identity = identity(causal_lm, made_whole=made_whole)
     backbone_engine, engine = engines.start(backbone, sidenet.to(device))
     model = LongMem(config.model, backbone, sidenet, encode=backbone_engine, run_sidenet=engine)
     return model, engine, backbone_identity

@@ -16,17 +16,15 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.backbone.backbone import Backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
-from pipeline.config.untrusted import short
 from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
 from pipeline.distributed.ranks import world_size
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, in_a_line
 from pipeline.sidenet.sidenet import SideNet
 from pipeline.training.job.leftovers import lock_extensions_for_life, unlink_shared_buffers
 from pipeline.training.optimizer import build_optimizer
@@ -84,10 +82,7 @@ def start_distributed(*, timeout_s: float) -> torch.device:
 
 
 def end_distributed() -> None:
-    """Leaves the job in order. Threads of a process group that is still there when the interpreter ends may crash it.
-
-    Collective: every rank must call it, when all work is done.
-    """
+    """Leaves the job in order: threads of a group that outlives the interpreter may crash it. Collective."""
     torch.distributed.destroy_process_group()
 
 
@@ -112,17 +107,8 @@ def check_precision(config: Config) -> None:
         )
 
 
-def gather_partitions(parameters: Any) -> AbstractContextManager[Any]:
-    """Makes parameters whole while the context is open, whether partitioned or not; what is written to them is lost.
-
-    Collective: every rank must enter it together.
-
-    Args:
-        parameters: The parameters.
-
-    Returns:
-        The context manager.
-    """
+def made_whole(parameters: Any) -> AbstractContextManager[Any]:
+    """Makes parameters whole inside, partitioned or not; what is written to them is lost. Collective."""
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
     return context
 
@@ -152,17 +138,7 @@ class Engines:
             del lives
 
     def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:
-        """Puts both under their engines.
-
-        Collective: every rank must call it.
-
-        Args:
-            backbone: The backbone, loaded under `partitioning`.
-            sidenet: The SideNet, whole on every rank.
-
-        Returns:
-            The backbone's engine and the SideNet's.
-        """
+        """Puts both under their engines: the backbone's and the SideNet's. Collective: every rank must call it."""
         backbone_engine, *_ = deepspeed.initialize(model=backbone, config=self._backbone_json, dist_init_required=False)
         sidenet_engine, *_ = deepspeed.initialize(
             model=sidenet,
@@ -175,37 +151,10 @@ class Engines:
 
 
 def _accepted(content: dict[str, Any], setting: str) -> dict[str, Any]:
-    """Has DeepSpeed look at its JSON before weights are loaded.
-
-    Args:
-        content: The completed JSON.
-        setting: The setting that names the file.
-
-    Returns:
-        The same JSON.
-
-    Raises:
-        ConfigError: DeepSpeed does not accept it.
-    """
+    """Has DeepSpeed look at its JSON before weights are loaded. Raises ConfigError: it does not accept it."""
     try:
         deepspeed.DeepSpeedConfig(deepcopy(content))
     except Exception as error:  # it raises whatever it comes upon
-        words = short(" ".join(str(error).split()))
-        raise ConfigError(
-            [f"DeepSpeed does not accept the file: {type(error).__name__}: {words}; do: see ds_configs/*.json"],
-            source=setting,
-        ) from error
+        problem = f"DeepSpeed does not accept the file: {in_a_line(error)}; do: see ds_configs/*.json"
+        raise ConfigError([problem], source=setting) from error
     return content
-
-
-def partitioned_bytes(module: nn.Module) -> int:
-    """Bytes of a partitioned module's parameters that this rank holds.
-
-    Args:
-        module: A module under a ZeRO-3 engine.
-
-    Returns:
-        The number of bytes.
-    """
-    held = (getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -14,6 +14,11 @@ TOLERANCE = 1e-5  # float32, summed in another order
 GRADIENT_TOLERANCE = 1e-4  # of the largest gradient
 
 
+def partitioned_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the parameters of a module under ZeRO-3 that this rank holds."""
+    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in module.parameters())
+
+
 def train_one(
     config: Config, *, evaluated: bool = True, prepare: Callable[[Any], None] | None = None
 ) -> tuple[Any, list[dict[str, Any]], int]:

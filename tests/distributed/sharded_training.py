@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pipeline.data.lanes import Lanes
 from pipeline.distributed.groups import MemoryGroup
-from pipeline.distributed.ranks import gather, world_size
+from pipeline.distributed.ranks import gather_objects, world_size
 from pipeline.memory import read
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import exchange_of
@@ -180,7 +180,7 @@ def _train(case: Case, group_size: int) -> Outcome:
         _sum(total)
         losses.append(float(total))
         for layer in range(len(model.geometries)):
-            found = gather(np.concatenate(ages_seen.get(layer, [np.zeros(0, dtype=np.int64)])))
+            found = gather_objects(np.concatenate(ages_seen.get(layer, [np.zeros(0, dtype=np.int64)])))
             ages[step, layer] = np.sort(np.concatenate(found))
         gradients.append({name: _gradient(parameter).numpy().copy() for name, parameter in parameters.items()})
         traffic = dict(exchange.traffic)

@@ -30,8 +30,9 @@ def two_engines(config: Config) -> dict[str, Any]:
 
     from pipeline.data.lanes import Lanes
     from pipeline.training.build import build_run
-    from pipeline.training.engines import gather_partitions, partitioned_bytes
+    from pipeline.training.engines import made_whole
     from pipeline.training.loop import train
+    from tests.distributed.engine_runs import partitioned_bytes
 
     torch.set_float32_matmul_precision("high")  # as a container may
     run = build_run(config)
@@ -57,7 +58,7 @@ def two_engines(config: Config) -> dict[str, Any]:
         "held": partitioned_bytes(model.backbone),
         "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in backbone),
         "resting": sum(parameter.numel() for parameter in backbone),
-        "identity_before": identity(model.backbone.model, gather=gather_partitions),
+        "identity_before": identity(model.backbone.model, made_whole=made_whole),
         "weights_before": weights(),
         "optimizer_of_backbone": isinstance(backbone_engine.optimizer, DeepSpeedZeroOptimizer_Stage3),
         "optimizer_numbers": sum(p.numel() for g in run.trainer.engine.optimizer.param_groups for p in g["params"]),
@@ -85,7 +86,7 @@ def two_engines(config: Config) -> dict[str, Any]:
     return {
         **result,
         "backbone_after": logits(with_backbone_only=True),
-        "identity_after": identity(model.backbone.model, gather=gather_partitions),
+        "identity_after": identity(model.backbone.model, made_whole=made_whole),
         "weights_after": weights(),
         "remembered": remembered[0],
         "encoded_again": in_slot_order(again),

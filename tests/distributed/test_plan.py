@@ -39,7 +39,7 @@ def two_engines(config: Config) -> dict[str, Any]:
     in the third, and those that its reads sent in the fourth."""
     from eval.perplexity import evaluate
     from pipeline.training.build import build_run
-    from pipeline.training.engines import partitioned_bytes
+    from tests.distributed.engine_runs import partitioned_bytes
 
     with counted() as sent:
         run = build_run(config)

@@ -38,6 +38,10 @@ Make = Callable[..., Config]
         ("--train.segment_tokens=6", "train.segment_tokens is not a multiple of memory.chunk_size; got: 6 and 4"),
         ("--memory.position=fixed:0", "memory.position is not valid; got: 'fixed:0'; expected: `none`, `true`, `fixed"),
         ("--memory.position=clamp", "memory.position is not valid; got: 'clamp'"),
+        *(
+            (f"--memory.position={text}", f"memory.position is not valid; got: '{text}'")
+            for text in ("None", "fixed:-3", "clamp:", "clamp:1.5", "true:3", "clamp:07")
+        ),
         ("--sidenet.memory_layers=[]", "sidenet.memory_layers is not valid; got: []; expected: `all`, null, or a list"),
         ("--sidenet.memory_layers=[0]", "sidenet.memory_layers is not valid; got: [0]"),
         ("--sidenet.memory_layers=[2, 2]", "sidenet.memory_layers is not valid; got: [2, 2]"),
