@@ -164,6 +164,11 @@ class GroupRead:
     def to_owners(self, block: _Block, parts: list[Tensor], *, purpose: str) -> Callable[[], list[list[Tensor]]]:
         """Starts to give what this shard found out for the queries of every rank to that rank.
 
+        Args:
+            block: The block.
+            parts: For each rank what `attend` or `attend_backward` gives.
+            purpose: What the bytes are counted under.
+
         Returns:
             Waits for, and returns, what every rank found out: what was retrieved `[m, ...]`, and `[n, ...]` of the
             window, empty where that rank holds none.

@@ -39,6 +39,11 @@ RUNS = [(world, case) for world in WORLDS for case in CASES if world != "two of 
 
 def train_all(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
     """Trains with one configuration after another."""
+    return {name: with_gradients(config) for name, config in configs.items()}
+
+
+def train_all_and_measure(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
+    """The same on one rank, which also finds out how narrow its choices were."""
     found = {}
     for name, config in configs.items():
         with measured_choices() as gaps:
@@ -62,7 +67,8 @@ def found(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[t
         worlds = {"1": 1} if size == 1 else {name: group for name, (world, group) in WORLDS.items() if world == size}
         cases = [(world, case) for world in worlds for case in CASES if (world, case) in RUNS or world == "1"]
         configs = {f"{world}/{case}": config(world, case, worlds[world]) for world, case in cases}
-        ranks = run_ranks(train_all, size, configs, init_process_group=False, timeout_s=280)
+        work = train_all_and_measure if size == 1 else train_all
+        ranks = run_ranks(work, size, configs, init_process_group=False, timeout_s=280)
         ran |= {(world, case): [rank[f"{world}/{case}"] for rank in ranks] for world, case in cases}
     return ran
 

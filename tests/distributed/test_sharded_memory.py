@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.sharded_training import CLEAR_CHOICE, SEGMENT, Case, Outcome, train_all
+from tests.distributed.sharded_training import CLEAR_CHOICE, SEGMENT, Case, Outcome, train, train_all, train_and_measure
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32; partial results are added in another order
@@ -88,7 +88,7 @@ PARTED: Mapping[str, int] = {"lane_clamp": 364, "document_true": 3, "ties_none":
 def outcomes() -> dict[int, dict[str, list[Outcome]]]:
     """Group size -> case -> outcome of each rank."""
     cases = list(CASES.values())
-    found = {1: [train_all(cases, 1)]}
+    found = {1: [[train_and_measure(case) for case in cases]]}
     for size in (2, 4):
         found[size] = run_ranks(train_all, size, cases, size, timeout_s=280)
     return {
@@ -128,7 +128,7 @@ def test_sharding_changes_nothing(outcomes: dict[int, dict[str, list[Outcome]]],
 
 def test_two_groups_of_two() -> None:
     cases = [replace(CASES[name], lanes=4, token_seed=seed) for name, seed in PARTED.items()]
-    alone = train_all(cases, 1)
+    alone = [train_and_measure(case) for case in cases]
     for outcome in alone:
         check_choices(outcome)
     for outcomes in run_ranks(train_all, 4, cases, 2, timeout_s=200):
@@ -140,8 +140,8 @@ def test_a_run_on_four_shards_of_16384_tokens_equals_one_on_65536() -> None:
     memory = {**MEMORY, "tokens": 65536, "top_k_tokens": 64, "position": "clamp:512", "query_block_tokens": 64}
     # 18 steps of 4 segments of 1,024 tokens: the memory is full before the last two.
     case = Case("llama", {"memory": memory, "sidenet": UNIFORM}, lanes=1, steps=18, segment=1024)
-    alone = train_all([case], 1)[0]
-    for (got,) in run_ranks(train_all, 4, [case], 4, timeout_s=280):
+    alone = train(case, 1)
+    for got in run_ranks(train, 4, case, 4, timeout_s=280):
         assert got.bank_tokens == 16384 + 1024
         np.testing.assert_allclose(got.losses, alone.losses, rtol=0, atol=TOLERANCE)
 
