@@ -57,12 +57,14 @@ def evaluation_parts(sizes: Sizes) -> Iterator[Part]:
     )
     tokens = lanes * (config.train.segment_tokens + config.backbone.context_tokens)
     # The backbone's longest window is tried on one document at a time.
-    longest, read = wanted.backbone_window_tokens, wanted.context_tokens + wanted.scored_tokens
-    tokens = max(tokens, read if longest is None else min(longest, read))
+    longest = wanted.context_tokens + wanted.scored_tokens
+    for limit in (wanted.backbone_window_tokens, sizes.shape.max_positions):
+        longest = longest if limit is None else min(longest, limit)
+    tokens = max(tokens, longest)
     yield Part(
         "evaluation's segments",
         sizes.encoding(tokens) + sizes.layer_work(tokens),
         "taps, keys, values and one layer's work, of these documents or of one with the longest window",
         (EVALUATION,),
-        remedy="a smaller train.segment_tokens",
+        remedy="a smaller train.segment_tokens or evaluation.backbone_window_tokens",
     )

@@ -220,14 +220,11 @@ def check_read(world: World, documents: Tensor, start: int, reading: dict[str, A
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("position", ["none", "clamp:14"])
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("retrieve_for", ["head", "kv_head"])
-def test_rows_that_choose_what_they_read(
-    attention: str, scope: str, position: str, arguments: str, retrieve_for: str
-) -> None:
+def test_rows_that_choose_what_they_read(attention: str, scope: str, arguments: str, retrieve_for: str) -> None:
     """Whose memory, from where in a segment, and what of it."""
-    world, documents, start = make(scope, position, attention=attention)
+    world, documents, start = make(scope, "clamp:14", attention=attention)
     world.rules = replace(world.rules, retrieve_for=retrieve_for)
     reading = ARGUMENTS[arguments]
     check_read(world, documents[LANE_OF_ROW] if "lane_of_row" in reading else documents, start, reading)
@@ -235,10 +232,11 @@ def test_rows_that_choose_what_they_read(
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("position", ["none", "clamp:14"])
-@pytest.mark.parametrize("window", [8, 20])  # some older chunks are left, or none
-@pytest.mark.parametrize("arguments", [*ARGUMENTS, "borrowed"])
-@pytest.mark.parametrize("retrieve_for", ["head", "kv_head"])
+@pytest.mark.parametrize(
+    ("position", "window", "retrieve_for"),
+    [("clamp:14", 8, "head"), ("clamp:14", 8, "kv_head"), ("none", 20, "kv_head")],  # older chunks are left, or none
+)
+@pytest.mark.parametrize("arguments", ["none", "all", "borrowed"])
 def test_a_window_is_read_whole_and_what_is_retrieved_is_older(
     attention: str, scope: str, position: str, window: int, arguments: str, retrieve_for: str
 ) -> None:

@@ -187,17 +187,28 @@ def test_what_is_there_while_evaluating(tmp_path):
 
 
 def test_an_evaluation_that_does_not_fit_says_what_to_change(tmp_path):
-    found = plan(tmp_path, memory={"tokens": 400_000}, evaluation={"documents": 8, "context_tokens": 400_000})
+    evaluation = {"documents": 8, "context_tokens": 400_000, "backbone_window_tokens": 0}
+    found = plan(tmp_path, memory={"tokens": 400_000}, evaluation=evaluation)
     assert found.fullest() == "evaluation"
     lines = verdict(found, gpu_memory_gib=0.001)
     assert "evaluation's memory" in lines[1]
     assert "a larger memory.group_size" in lines[1] and "a smaller evaluation.context_tokens" in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("window", "most", "tokens"), [(0, None, 32), (None, None, 416), (100, None, 100), (None, 64, 64)]
+)
+def test_the_longest_window_of_an_evaluation_is_one_document_long(tmp_path, window, most, tokens):
+    evaluation = {"documents": 2, "context_tokens": 400, "scored_tokens": 16, "backbone_window_tokens": window}
+    found = plan(tmp_path, evaluation=evaluation, shape=replace(SHAPE, max_positions=most))
+    of_a_segment = size(plan(tmp_path, evaluation={**evaluation, "backbone_window_tokens": 0}), "evaluation's segments")
+    assert size(found, "evaluation's segments") * 32 == of_a_segment * tokens  # two documents, 16 tokens of each
+
+
 def test_one_read_by_hand(tmp_path):
     # A block: 2 lanes x 2 heads x 8 tokens = 32 queries; 20 slots; top 2 and 8 more candidates; 8 tokens read of each.
     scores, candidates = 32 * 20 * 4, 32 * 10 * (2 * 2 * 4 + 12)
-    attend = 32 * 8 * 2 * (4 + 4 + 2)
+    attend = 32 * 8 * 2 * (4 + 4 + 2) + 32 * (2 * 2 + 3 * 8) * 4  # also the query and its result, logits and weights
     forward, backward = 32 * 2 * 4, 32 * 4 * 2 * 3
     found = plan(tmp_path)
     assert size(found, "one read of memory") == max(scores + candidates, attend) + forward
