@@ -15,6 +15,7 @@ from torch import Tensor
 
 EMPTY = -1  # position and document of a slot that holds nothing
 MIXED = -2  # document of a chunk whose tokens belong to several documents: invisible under scope `document`
+_LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class MemoryBank:
         """Writes one segment of every lane over the oldest chunks; nothing else moves.
 
         Args:
-            memory: Keys and values `[B, Hkv, T, D]` of each memory layer, any floating dtype; `T` a multiple of `c`.
+            memory: Keys and values `[B, Hkv, T, D]` of each memory layer, any floating dtype; `T` a multiple of `c`. In
+                a bank of fp16 a number beyond 65,504 is stored as that.
             start: Lane position of the segment's first token; not before the end of what is stored.
             documents: Document of each token, int64 `[B, T]`, not negative.
 
@@ -159,6 +161,8 @@ class MemoryBank:
         tokens = slice(chunks.start * size, chunks.stop * size)
         for store, (key, value) in zip(self.layers, memory, strict=True):
             for target, source in ((store.keys, key), (store.values, value)):
+                if self.dtype == torch.float16:  # whose largest number is 65,504: what is larger stays the largest
+                    source = source.clamp(-_LARGEST_FP16, _LARGEST_FP16)
                 chunked = source[:, :, tokens].unflatten(2, (-1, size)).transpose(0, 1)  # [Hkv, B, chunks, c, D]
                 target[:, :, slots].copy_(chunked)
             # The mean of what is stored, not of what came: a reader can recompute it from the bank.

@@ -23,8 +23,8 @@ from pipeline.memory.bank import LayerStore
 from pipeline.memory.segment import Run, SegmentView
 from pipeline.positions import PositionEncoding, PositionRule
 
-# Bound on how far the two ways differ, in units of |query| |key|: sums of 64 to 256 products in float32.
-ROUNDING = 4e-6
+# A float32 sum of D products is off by at most D of these, in units of |query| |key|, in whatever order it is taken.
+ROUNDING = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class LayerView:
 
     @cached_property
     def largest_key(self) -> Tensor:
-        """Length of the longest chunk key, float32 `[Hkv, P]`."""
-        return self.chunk_keys.norm(dim=-1).amax(dim=-1)
+        """Length of the longest chunk key that is searched, float32 `[Hkv, P]`; there is one."""
+        longest = [self.chunk_keys[:, :, run.start : run.stop].norm(dim=-1).amax(dim=-1) for run in self.segment.runs]
+        return torch.stack(longest).amax(dim=0)
 
     def queries(self, query: Tensor, tokens: slice) -> Queries:
         """Prepares a block of the segment's queries.
@@ -288,7 +289,9 @@ class LayerView:
         Returns:
             float32 `[Hkv, P, U]`.
         """
-        factor = 2 * ROUNDING * self.geometry.scale * self.geometry.encoding.attention_scaling
+        # Two scores, each worked out in two ways, and scaled.
+        rounding = 4 * (queries.far.shape[-1] + 4) * ROUNDING
+        factor = rounding * self.geometry.scale * self.geometry.encoding.attention_scaling
         bound = queries.far.norm(dim=-1) * self.largest_key[..., None, None] * factor  # [Hkv, P, U, u]
         if queries.slopes is not None:
             farthest = self.segment.settings.num_tokens + self.segment.rule.distance

@@ -80,3 +80,11 @@ def test_chunks_are_put_into_the_slots_that_are_said_and_nothing_else_is_left() 
     assert bank.layers[1].chunk_keys[0, 0, slots].tolist() == [[5, 3], [4, 5]]
     bank.append(segment(2), start=10, documents=torch.zeros((1, 2), dtype=torch.int64))
     assert bank.positions.tolist() == [8, 10, 4]
+
+
+def test_a_bank_of_fp16_keeps_what_is_too_large_for_it_as_its_largest_number() -> None:
+    bank = make(torch.float16)
+    bank.append(segment(2, value=1e5), start=0, documents=torch.zeros((1, 2), dtype=torch.int64))
+    store = bank.layers[0]
+    assert store.keys[0, 0, 0].tolist() == [[0, 65504], [65504, 65504]]
+    assert torch.isfinite(store.chunk_keys).all()

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.memory import segment as segment_module
+from pipeline.memory.layer import LayerView
+from pipeline.memory.segment import Reading, SegmentView
+from pipeline.positions import PositionRule
 from tests.accelerator import read_as_on_an_accelerator
 from tests.reference import Rules
 from tests.tiny_longmem import bank_bytes
-from tests.unit.memory.worlds import ATTENTIONS, DIM, HEADS, World
+from tests.unit.memory.worlds import ATTENTIONS, DIM, HEADS, World, geometry_of
 
 # float32 against float64: sums of a few dozen products of size 1.
 FP32_TOLERANCE = 1e-5
@@ -260,3 +263,18 @@ def test_a_lane_that_is_not_there_is_an_error_at_once() -> None:
     world, documents, start = make("lane", "none")
     with pytest.raises(AssertionError, match="lanes are 0 to 1"):
         world.reader(documents, start=start, lane_of_row=torch.tensor([0, 2]))
+
+
+def test_keys_that_nobody_can_see_widen_no_bound() -> None:
+    """The bound decides how many chunks are looked at twice: one old, long key would make it all of them."""
+    world, documents, start = make("lane", "none")
+    query = world.randn(2, HEADS, TOKENS, DIM)
+    geometry, bounds = geometry_of(world.attention), []
+    for factor in (1.0, 1e6):
+        world.bank.layers[0].chunk_keys[:, :, world.bank.positions < start - world.rules.tokens] *= factor
+        segment = SegmentView(
+            world.bank, world.settings(), Reading(start, documents), geometry.rule(PositionRule("none"))
+        )
+        view = LayerView(segment, world.bank.layers[0], geometry)
+        bounds.append(view.rounding_bound(view.queries(query, slice(0, TOKENS))))
+    assert torch.equal(*bounds)
