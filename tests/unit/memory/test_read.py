@@ -268,10 +268,12 @@ def test_a_lane_that_is_not_there_is_an_error_at_once() -> None:
 def test_keys_that_nobody_can_see_widen_no_bound() -> None:
     """The bound decides how many chunks are looked at twice: one old, long key would make it all of them."""
     world, documents, start = make("lane", "none")
-    query = world.randn(2, HEADS, TOKENS, DIM)
+    world.rules = replace(world.rules, tokens=12)
+    query, old = world.randn(2, HEADS, TOKENS, DIM), world.bank.positions < start - 12
+    assert old.any()
     geometry, bounds = geometry_of(world.attention), []
     for factor in (1.0, 1e6):
-        world.bank.layers[0].chunk_keys[:, :, world.bank.positions < start - world.rules.tokens] *= factor
+        world.bank.layers[0].chunk_keys[:, :, torch.from_numpy(old)] *= factor
         segment = SegmentView(
             world.bank, world.settings(), Reading(start, documents), geometry.rule(PositionRule("none"))
         )
