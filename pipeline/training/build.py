@@ -34,6 +34,7 @@ from pipeline.distributed.launchers import local_rank
 from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, together, world_size
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
+from pipeline.errors import ConfigError
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import exchange_of
 from pipeline.memory.place import ShardPlace
@@ -261,7 +262,7 @@ def check_inputs(config: Config) -> Stores:
     validation = _validation(config, train)
     whole_config = read_backbone_config(config.backbone.path)
     backbone_config = whole_config.get_text_config()
-    family_of(backbone_config)
+    check_positions(config, backbone_config)
     for store in (train, validation):
         if store is not None:
             store.limit_vocabulary(int(backbone_config.vocab_size))
@@ -269,6 +270,23 @@ def check_inputs(config: Config) -> Stores:
     check_weights(config.backbone.path, whole_config)
     check_tokenizer(train, load_tokenizer(config.backbone.path))
     return Stores(train, validation)
+
+
+def check_positions(config: Config, backbone_config: Any) -> None:
+    """Checks that a segment and its left context fit a backbone of learned positions; others have no end.
+
+    Raises ConfigError: They do not; BackboneError: the family is unknown.
+    """
+    most = getattr(backbone_config, "max_position_embeddings", None)
+    wanted = config.backbone.context_tokens + config.train.segment_tokens
+    if family_of(backbone_config).positions == "learned" and most is not None and wanted > most:
+        raise ConfigError(
+            [
+                f"backbone.context_tokens {config.backbone.context_tokens} and train.segment_tokens "
+                f"{config.train.segment_tokens} are more than the backbone has positions; got: {wanted}; "
+                f"expected: at most {most} together; do: lower one of them"
+            ]
+        )
 
 
 def find_checkpoint(config: Config, folder: Path, *, token_store: str | None = None) -> Path | None:
