@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -21,6 +24,7 @@ from typing import Any
 GRACE_S = 3.0
 """Seconds that the others get after a rank failed: time to fail for the same reason, and to say so."""
 _POLL_S = 0.02
+_FIRST_PORT, _PORT_BLOCKS, _BLOCK_PORTS = 16384, 8, 2048
 # What a training imports; also what DeepSpeed and transformers import only when an engine starts.
 PRELOADED = [
     "datasets",
@@ -182,8 +186,23 @@ def _collect(folder: Path, processes: list[BaseProcess], hung: list[int], *, tim
     return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(len(processes))]
 
 
+def _ports_of_this_worker() -> Iterator[int]:
+    """Ports that tests of another pytest-xdist worker do not use, over and over.
+
+    They lie below those that Linux gives to connections: it may be seconds until a launcher's ranks listen at one.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PORT_BLOCKS
+    first = _FIRST_PORT + worker * _BLOCK_PORTS
+    return itertools.cycle(random.Random().sample(range(first, first + _BLOCK_PORTS), _BLOCK_PORTS))
+
+
+_ports = _ports_of_this_worker()
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

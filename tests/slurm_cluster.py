@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.ranks import free_port
+
 NODES = ("n1", "n2")
 GPUS = 2  # of each node; SLURM only counts them
 REQUEUE_DELAY_S = 5
@@ -94,7 +96,7 @@ class SlurmCluster:
         (self.folder / "state").mkdir()
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o600)
-        ports = _free_ports(3)
+        ports = [free_port() for _ in range(3)]
         text = _CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
             user=getpass.getuser(),
@@ -212,14 +214,3 @@ def wait_until(holds: Callable[[], bool], what: str, limit_s: float, log: Path |
             said = log.read_text()[-6000:] if log is not None and log.is_file() else ""
             raise AssertionError(f"waited {limit_s:g} s for {what}\n{said}")
         time.sleep(0.2)
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from pipeline.memory.exchange import RankGroup
 from pipeline.memory.reader import BankReader
 from pipeline.memory.view import Geometry, ReadSettings
 from pipeline.positions import PositionEncoding
+from tests.ranks import forks, free_port
 
 TIMEOUT_S = 8.0  # run.collective_timeout_s
 SLACK_S = 4.0  # a rank's last read before it waits, and the end of its process, on a machine with other work
@@ -86,12 +85,8 @@ def read_and_fail(rank: int, world_size: int, port: int, how: str, culprit: int,
     ],
 )
 def test_every_rank_ends_and_names_the_culprit(how: str, words: str, culprit: int, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    arguments = (port, how, culprit, str(tmp_path))
-    ranks = [context.Process(target=read_and_fail, args=(number, 3, *arguments)) for number in range(3)]
+    arguments = (free_port(), how, culprit, str(tmp_path))
+    ranks = [forks().Process(target=read_and_fail, args=(number, 3, *arguments)) for number in range(3)]
     others = [process for number, process in enumerate(ranks) if number != culprit]
     for process in ranks:
         process.start()

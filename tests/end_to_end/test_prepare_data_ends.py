@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,13 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def temporary():
+    """An empty folder; pytest's own have names that are too long for a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -41,9 +50,8 @@ def names(folder):
     [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
     ids=["Ctrl-C", "kill", "kill all", "hang-up"],
 )
-def test_a_signal_ends_workers_and_leaves_nothing(words, out, number, to_all, tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+def test_a_signal_ends_workers_and_leaves_nothing(words, out, number, to_all, temporary, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(temporary))
     with held("reading", words, waiting=2) as run:
         workers = run.workers
         assert len(workers) >= 2 and names(out) != []
@@ -52,7 +60,7 @@ def test_a_signal_ends_workers_and_leaves_nothing(words, out, number, to_all, tm
         assert all_end(workers)
     assert status == 128 + number and output == ""
     assert f"stopped by {number.name}: no store was written" in errors and "Traceback" not in errors
-    assert names(out) == [] and names(tmp_path / "temporary") == []
+    assert names(out) == [] and names(temporary) == []
 
 
 def test_a_signal_takes_away_the_folders_that_were_made(words, out):
@@ -77,8 +85,10 @@ def test_a_signal_while_a_store_is_replaced_comes_too_late(words, out):
 
 def test_a_signal_before_anything_is_loaded_is_heeded():
     code = "import os, signal, builtins, launch.prepare_data as p; old = builtins.__import__\n"
-    code += "def late(name, *rest):\n    if name == 'pipeline.data.prepare': os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "    return old(name, *rest)\n"
+    code += (
+        "def late(name, *rest, **more):\n    if name == 'pipeline.data.prepare': os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    code += "    return old(name, *rest, **more)\n"
     code += "builtins.__import__ = late; p.main(['x', '--tokenizer', 'y', '--output', 'z'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 130 and "stopped by SIGINT" in done.stderr and "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.metrics.record import read_metrics
+from tests.ranks import free_port
 from tests.tiny_run import TinyRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +39,6 @@ def needs(*programs: str, packages: str) -> pytest.MarkDecorator:
 
 def find(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
