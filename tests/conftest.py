@@ -1,10 +1,40 @@
-"""What holds for every test: no hub, one thread, no noise from tokenizers."""
+"""What holds for every test: no hub, one thread, no noise from tokenizers; the longest files come first."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Before anything imports torch or transformers, and inherited by every process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_ROOT = Path(__file__).parent
+# Workers of pytest-xdist take file after file: here are those that take longer than about half a minute, the longest
+# first, so that the last ones end together.
+LONGEST = (
+    "end_to_end/test_slurm.py",
+    "distributed/test_sharded_memory.py",
+    "end_to_end/test_train.py",
+    "end_to_end/test_ways_to_start.py",
+    "distributed/test_sharded_engines.py",
+    "end_to_end/test_lost_rank.py",
+    "distributed/test_faults.py",
+    "end_to_end/test_prepare_data_ends.py",
+    "end_to_end/test_fault_injection.py",
+    "distributed/test_plan_read.py",
+    "distributed/test_elastic.py",
+    "distributed/test_ill_runs.py",
+    "end_to_end/test_launchers.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first."""
+    places = {_ROOT / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "tests/conftest.py names a file that is gone"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
