@@ -25,7 +25,6 @@ LONGEST = (
     "distributed/test_faults.py",
     "end_to_end/test_prepare_data_ends.py",
     "end_to_end/test_fault_injection.py",
-    "distributed/test_plan_read.py",
     "distributed/test_elastic.py",
     "distributed/test_ill_runs.py",
     "end_to_end/test_launchers.py",
