@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint.folder import SavedWorld, StateOwner
-from pipeline.checkpoint.owners import MemoryOwner
+from pipeline.checkpoint.memory import MemoryOwner
 from pipeline.config.schema import Config
-from pipeline.distributed.ranks import barrier, gather, rank, world_size
+from pipeline.distributed.ranks import barrier, gather_objects, rank, world_size
 from pipeline.training.build import Run, build_run
 from pipeline.training.engines import start_distributed
 
@@ -40,18 +40,13 @@ MIB = 2**20
 
 
 class Timed:
-    """An owner of state with a clock.
-
-    Args:
-        owner: The owner.
-    """
+    """An owner of state with a clock."""
 
     def __init__(self, owner: StateOwner) -> None:
         self.owner, self.name = owner, owner.name
         self.stall = self.beside = self.loading = 0.0
 
     def save(self, folder: Path) -> Callable[[], None] | None:
-        """As the owner's."""
         begun = time.perf_counter()
         rest = self.owner.save(folder)
         self.stall, self.beside = time.perf_counter() - begun, 0.0
@@ -65,15 +60,12 @@ class Timed:
         return timed
 
     def least_bytes(self) -> int:
-        """As the owner's."""
         return self.owner.least_bytes()
 
     def check(self, folder: Path, saved: SavedWorld) -> None:
-        """As the owner's."""
         self.owner.check(folder, saved)
 
     def load(self, folder: Path, saved: SavedWorld) -> None:
-        """As the owner's."""
         begun = time.perf_counter()
         self.owner.load(folder, saved)
         self.loading = time.perf_counter() - begun
@@ -124,11 +116,7 @@ def configure(arguments: argparse.Namespace, folder: str) -> Config:
 
 
 class Measured:
-    """A run whose memory is full.
-
-    Args:
-        run: The run.
-    """
+    """A run whose memory is full."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.owners, self.number = run, [Timed(owner) for owner in run.owners], 0
@@ -158,17 +146,12 @@ class Measured:
         return time.perf_counter() - begun
 
     def cost(self, *, store: bool, usual: float) -> Cost:
-        """Saves and loads once.
-
-        Args:
-            store: `checkpoint.memory` is `save`.
-            usual: Seconds of a step without any saving.
-        """
+        """Saves and loads once. `store`: `checkpoint.memory` is `save`; `usual`: seconds of a step without saving."""
         self.memory.store = store
         checkpoints, begun = self.run.checkpoints, time.perf_counter()
         final = checkpoints.save(self.number, self.owners)
         cost = Cost(stall=time.perf_counter() - begun)
-        while not gather(final.is_dir())[0]:
+        while not gather_objects(final.is_dir())[0]:
             cost.delay += self.step() - usual
             checkpoints.publish_if_written()
         cost.whole_after = time.perf_counter() - begun
@@ -210,7 +193,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     start_distributed(timeout_s=1800)
-    folder = gather(tempfile.mkdtemp(prefix="bench-") if rank() == 0 else None)[0]
+    folder = gather_objects(tempfile.mkdtemp(prefix="bench-") if rank() == 0 else None)[0]
     try:
         measured = Measured(build_run(configure(arguments, f"{folder}/run")))
         usual = statistics.median([measured.step() for _ in range(arguments.rounds + 2)][1:])

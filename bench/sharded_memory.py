@@ -30,9 +30,10 @@ from torch import Tensor
 
 from pipeline.memory.bank import BankShape, MemoryBank
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.layer import Geometry, LayerView
 from pipeline.memory.reader import BankReader
 from pipeline.memory.search import search
-from pipeline.memory.view import Geometry, MemoryView, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings, SegmentView
 from pipeline.memory.winners import Shared, share
 from pipeline.positions import PositionEncoding
 
@@ -81,11 +82,8 @@ def read_ours(bank: MemoryBank, exchange: Exchange, settings: ReadSettings, quer
     """The library's own read."""
     documents = torch.zeros(1, query.shape[2], dtype=torch.int64)
     geometry = Geometry(PositionEncoding(), query.shape[-1] ** -0.5)
-    return (
-        BankReader(bank, settings, [geometry], start=start, documents=documents, exchange=exchange)
-        .read(0, query)
-        .values
-    )
+    reader = BankReader(bank, settings, [geometry], Reading(start, documents), exchange=exchange)
+    return reader.read(0, query).values
 
 
 def read_all(bank: MemoryBank, exchange: Exchange, settings: ReadSettings, query: Tensor, start: int) -> Tensor:
@@ -111,28 +109,29 @@ def read_retrieved(bank: MemoryBank, exchange: Exchange, settings: ReadSettings,
     documents = torch.zeros(1, length, dtype=torch.int64)
     first = start - exchange.rank * length
     geometry = Geometry(PositionEncoding(), scale)
-    views = [
-        MemoryView(bank, 0, settings, geometry, start=first + rank * length, documents=documents)
-        for rank in range(exchange.size)
-    ]
+    readings = [Reading(first + rank * length, documents) for rank in range(exchange.size)]
+    segments = [SegmentView(bank, settings, reading, settings.rule) for reading in readings]
+    views = [LayerView(segment, bank.layers[0], geometry) for segment in segments]
     outputs = []
     for at in range(0, length, settings.query_block_tokens):
         tokens = slice(at, min(at + settings.query_block_tokens, length))
         gathered = exchange.all_gather(query[:, :, tokens].detach(), purpose="queries")()
         found = [search(view, view.queries(block, tokens)) for view, block in zip(views, gathered, strict=True)]
         shared = share(found, exchange, k=TOP_K)()
-        own = views[exchange.rank].group(query[:, :, tokens]).flatten(0, 2)
+        own = views[exchange.rank].segment.pools.by_pool(query[:, :, tokens]).flatten(0, 3)
         kv, valid = bring(views, shared, exchange, num_queries=len(own))
         outputs.append(attend_to(own, kv[..., :dim], kv[..., dim:], valid, scale))
     return torch.cat(outputs)
 
 
-def bring(views: list[MemoryView], shared: Shared, exchange: Exchange, *, num_queries: int) -> tuple[Tensor, Tensor]:
+def bring(views: list[LayerView], shared: Shared, exchange: Exchange, *, num_queries: int) -> tuple[Tensor, Tensor]:
     """Brings the keys and values that this rank's queries read: `[n, k * c, 2 D]`, and which there are."""
     parts, counts = [], []
     for view, winners in zip(views, shared.winners, strict=True):
-        heads = torch.div(winners.members, num_queries // view.num_kv_heads, rounding_mode="floor")[:, None]
-        slots = (heads * view.num_slots + winners.slots)[winners.valid]
+        heads = torch.div(winners.members, num_queries // view.segment.pools.num_kv_heads, rounding_mode="floor")[
+            :, None
+        ]
+        slots = (heads * view.segment.num_slots + winners.slots)[winners.valid]
         parts.append(torch.cat([view.keys[slots], view.values[slots]], dim=-1).float())  # [chunks, c, 2 D]
         counts.append(winners.counts.to(torch.uint8))
     lengths = exchange.all_to_all(counts, rows=[len(held) for held in shared.holders], purpose="counts")()

@@ -47,8 +47,11 @@ POSITIONS = {"paper": "none", "deep": "clamp:512"}
 class TextLane:
     """One lane of text, begun again when it ends; segments are numbered from where a bank ends."""
 
-    def __init__(self, tokens: np.ndarray, segment_tokens: int, bank: MemoryBank | None) -> None:
+    def __init__(
+        self, tokens: np.ndarray, segment_tokens: int, bank: MemoryBank | None, *, context_tokens: int
+    ) -> None:
         self.tokens, self.length, self.bank, self.read = tokens, segment_tokens, bank, 0
+        self.context_tokens = context_tokens
 
     def next_of_group(self, rank: int, size: int) -> Segment:
         """The next segment; the group is one rank."""
@@ -56,8 +59,10 @@ class TextLane:
         self.read += self.length
         text = self.tokens[span][None]
         nothing = np.zeros((1, self.length), dtype=np.int64)
-        start = self.bank.end if self.bank else 0
-        return Segment(text[:, :-1], text[:, 1:], nothing, nothing, start=start, index=0, lanes=(0,))
+        start = self.bank.end if self.bank else self.read - self.length
+        before = min(self.context_tokens, start)
+        context = self.tokens[(self.read - self.length - before + np.arange(before)) % len(self.tokens)][None]
+        return Segment(text[:, :-1], text[:, 1:], nothing, context, np.zeros_like(context), start=start)
 
 
 def read_text(backbone: str, num_tokens: int) -> np.ndarray:
@@ -113,7 +118,8 @@ def filled_bank(model: LongMem, tokens: np.ndarray, size: int) -> MemoryBank:
 def trainer_for(model: LongMem, engine: object, train: TrainConfig, tokens: np.ndarray, size: int) -> Trainer:
     """A trainer with a full bank of a size, 0 for none."""
     bank = filled_bank(model, tokens, size) if size else None
-    lane, timer = TextLane(tokens, model.settings.segment_tokens, bank), PhaseTimer()
+    settings, timer = model.settings, PhaseTimer()
+    lane = TextLane(tokens, settings.segment_tokens, bank, context_tokens=settings.context_tokens)
     stream = Stream(model, bank, phase=timer.phase)
     return Trainer(stream, engine, lane, train, timer=timer, num_segments=1)  # type: ignore[arg-type]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,14 +13,24 @@ import numpy.typing as npt
 Float64Array = npt.NDArray[np.float64]
 
 BACKBONE, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY = "backbone", "memory_off", "memory_on", "other_memory"
+WINDOW_ONLY, LONGEST_WINDOW = "window_only", "longest_window"
 LABELS = {
     BACKBONE: "(a) backbone alone, same window",
     MEMORY_OFF: "(b) memory off",
     MEMORY_ON: "(c) memory on",
     OTHER_MEMORY: "(d) memory of another document",
+    WINDOW_ONLY: "(e) window only, nothing retrieved",
+    LONGEST_WINDOW: "(f) backbone alone, longest window",
 }
 CONDITIONS = tuple(LABELS)
-PAIRS = ((MEMORY_ON, MEMORY_OFF), (MEMORY_ON, BACKBONE), (MEMORY_ON, OTHER_MEMORY))
+PAIRS = (
+    (MEMORY_ON, MEMORY_OFF),
+    (MEMORY_ON, BACKBONE),
+    (MEMORY_ON, OTHER_MEMORY),
+    (MEMORY_ON, WINDOW_ONLY),
+    (OTHER_MEMORY, WINDOW_ONLY),
+    (MEMORY_ON, LONGEST_WINDOW),
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,33 @@ class DocumentLosses:
 
     Attributes:
         document: Its number in the store.
-        losses: Condition to the loss of each token, nats, float64 `[scored_tokens]`; 0 where nothing is predicted.
-        counts: 1 where a token is predicted, 0 at the last token of the document, float64 `[scored_tokens]`.
+        losses: Condition to the loss of each token, nats, float64 `[scored_tokens]`; 0 where nothing is predicted, or
+            by another rank.
+        counts: 1 where a token is predicted, else 0 (at the last token of the document), float64 `[scored_tokens]`.
     """
 
     document: int
     losses: Mapping[str, Float64Array]
     counts: Float64Array
+
+
+def whole_documents(parts: Iterable[DocumentLosses]) -> list[DocumentLosses]:
+    """Puts documents together of which the ranks of a memory group have scored segments in turn.
+
+    Args:
+        parts: What each rank has scored, each token of a document by one rank only.
+
+    Returns:
+        Each document once, in the order in which they come.
+    """
+    whole: dict[int, DocumentLosses] = {}
+    for part in parts:
+        other = whole.get(part.document)
+        if other is not None:
+            losses = {name: other.losses[name] + mine for name, mine in part.losses.items()}
+            part = DocumentLosses(part.document, losses, other.counts + part.counts)
+        whole[part.document] = part
+    return list(whole.values())
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,7 @@ from pipeline.checkpoint.export import export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses and exports.
-
-    Args:
-        arguments: Command-line words; those of the process if None.
-    """
+    """Parses `arguments`, or the process's command line, and exports."""
     parser = argparse.ArgumentParser(
         description="Turns a checkpoint of any number of ranks into one safetensors file of the SideNet's trained "
         "weights (fp32), with its configuration. Needs neither the ranks nor the accelerators of the training.",

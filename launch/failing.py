@@ -39,6 +39,12 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
+def _flush() -> None:
+    with suppress(OSError):  # a log on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
 def _rank() -> str:
     """This process's rank; under MPI known only after the job was joined, so asked for when it is needed."""
     return os.environ.get("RANK", "0")
@@ -58,21 +64,13 @@ def end_well(code: int = 0) -> None:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()  # mpi4py would do it at the end of the interpreter; without it mpirun reports a failure
-    with suppress(OSError):  # a log on a full disk
-        sys.stdout.flush()
-        sys.stderr.flush()
+    _flush()
     os._exit(code)
 
 
 def leave(code: int) -> None:
-    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them.
-
-    Args:
-        code: The exit code.
-    """
-    with suppress(OSError):  # a log on a full disk
-        sys.stdout.flush()
-        sys.stderr.flush()
+    """Exits at once where other ranks may be waiting: an orderly shutdown of the process group could wait for them."""
+    _flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
     sys.exit(code)

@@ -17,11 +17,7 @@ SHAPES = ("gpt2-medium", "llama-3-8b", "llama-3-70b")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses, plans, prints.
-
-    Args:
-        arguments: Command-line words; those of the process if None.
-    """
+    """Parses `arguments`, or the process's command line, plans, prints."""
     parser = argparse.ArgumentParser(
         description="What a run needs on every rank: bytes, traffic, and whether it fits. No weights are loaded.",
         epilog="Single settings come last, as for launch/train.py: --section.key value.",

@@ -17,14 +17,7 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / ".cache" / "longmem" / "s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: Command-line words; those of the process if None.
-
-    Returns:
-        Exit status: 0, or 1 after an error that was printed.
-    """
+    """Runs the command line and returns the exit status: 0, or 1 after an error that was printed."""
     parser = argparse.ArgumentParser(description="Convert a backbone shipped as GGUF to a Hugging Face folder, once.")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to make (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()

@@ -19,14 +19,7 @@ MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: Command-line words; those of the process if None.
-
-    Returns:
-        Exit status: 0, or 1 after an error that was printed. A signal ends the process with 128 + its number.
-    """
+    """Runs the command line and returns the exit status; a signal ends the process with 128 + its number."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "datasets"):

@@ -24,11 +24,7 @@ Row = tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses, reads, prints.
-
-    Args:
-        arguments: Command-line words; those of the process if None.
-    """
+    """Parses `arguments`, or the process's command line, reads, prints. Raises DataError: there is no run."""
     parser = argparse.ArgumentParser(
         description="How runs go. 'died': status.json says that it runs, but no job holds its folder. "
         "'last sign' is the age of the last step of a run that goes on (at most 10 s late), or of its end.",

@@ -15,7 +15,7 @@ if (($#)); then
   .venv/bin/python -m pytest "$@" || status=1
 else
   # Each core takes file after file. Those with ranks need two gigabytes each: four at once will do.
-  cores="$(nproc)"
+  cores="$(env -u OMP_NUM_THREADS nproc)"  # which takes that for the number of cores
   .venv/bin/python -m pytest tests/unit --dist loadfile --numprocesses "$cores" || status=1
   .venv/bin/python -m pytest tests/distributed tests/end_to_end --dist loadfile --no-loadscope-reorder \
     --numprocesses $((cores < 4 ? cores : 4)) --durations 25 || status=1

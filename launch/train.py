@@ -31,11 +31,7 @@ def main() -> None:
 
 
 def run(config: Config) -> None:
-    """Trains with a configuration, and shows what came out.
-
-    Args:
-        config: The settings.
-    """
+    """Trains with a configuration, and shows what came out."""
     with Signals(usr1_stops=config.run.on_usr1 == "stop") as signals:
         ended = _train(config, signals)
         if ended.asked is not None:
@@ -45,7 +41,7 @@ def run(config: Config) -> None:
 def _train(config: Config, signals: Signals) -> Ended:
     # Loaded after the settings are known to be right: these imports take seconds.
     from eval.perplexity import check_evaluation, evaluate
-    from pipeline.distributed.ranks import rank, world_size
+    from pipeline.distributed.ranks import rank
     from pipeline.training.build import build_run
     from pipeline.training.engines import end_distributed
     from pipeline.training.loop import train
@@ -55,9 +51,7 @@ def _train(config: Config, signals: Signals) -> Ended:
     built = build_run(config, signals=signals)
     ended = train(
         built,
-        evaluate=lambda model, store: evaluate(
-            model, store, config, rank=rank(), world_size=world_size(), progress=rank() == 0
-        ),
+        evaluate=lambda model, store: evaluate(model, store, config, group=built.group, progress=rank() == 0),
         signals=signals,
     )
     if rank() == 0:

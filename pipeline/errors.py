@@ -52,6 +52,11 @@ class ConfigError(LongMemError):
         super().__init__(f"{source} has {len(self.problems)} problem(s):\n{lines}")
 
 
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, as a message has room for it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class DataError(LongMemError):
     """Input text or a token store is missing, empty, malformed or foreign."""
 

@@ -5,15 +5,10 @@ Shapes: `H` query heads, `D` head size, `R` rotated dimensions (`R <= D`).
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from pipeline.errors import ConfigError
-
-_RULE = re.compile(r"none|true|(?:fixed|clamp):[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -68,21 +63,7 @@ class PositionRule:
 
     @classmethod
     def parse(cls, text: str) -> PositionRule:
-        """Reads `none`, `true`, `fixed:N` or `clamp:N`.
-
-        Args:
-            text: The rule as it stands in the configuration.
-
-        Returns:
-            The rule.
-
-        Raises:
-            ConfigError: The text is none of these.
-        """
-        if not _RULE.fullmatch(text):
-            raise ConfigError(
-                [f"memory.position is {text!r}; expected none, true, fixed:N or clamp:N with 1 <= N < 1e9"]
-            )
+        """Reads `none`, `true`, `fixed:N` or `clamp:N`, as the configuration has checked it."""
         kind, _, distance = text.partition(":")
         return cls(kind, int(distance or 0))
 
@@ -91,17 +72,12 @@ class PositionRule:
         """Largest distance, in tokens, that is read as it really is; -1 when none is."""
         return {"none": -1, "fixed": -1, "true": float("inf"), "clamp": self.distance}[self.kind]
 
+    def beyond(self, tokens: int) -> PositionRule:
+        """The rule for what lies nowhere in particular: at the far distance, or so many tokens back under `true`."""
+        return PositionRule("fixed", tokens) if self.kind == "true" else self
+
     def far_query(self, query: Tensor, encoding: PositionEncoding, *, backward: bool = False) -> Tensor:
-        """The query against keys beyond `near_limit`, which stay unrotated.
-
-        Args:
-            query: Unrotated queries `[..., D]`.
-            encoding: The layer's position encoding.
-            backward: Whether to turn a gradient back instead.
-
-        Returns:
-            Queries of the same shape, rotated as if they stood `distance` tokens after every key.
-        """
+        """Queries `[..., D]` for unrotated keys beyond `near_limit`; `backward` turns a gradient back instead."""
         if self.kind == "none":
             return query
         distance = -self.distance if backward else self.distance

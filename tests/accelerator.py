@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pipeline.memory import attend, search
+from pipeline.memory import attend, layer, search
 
 
 def read_as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
     """Everything at once, padded, and products of rows with a vector as batches of matrix products."""
     patch.setattr(attend, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
-    patch.setattr(attend, "_dot", lambda rows, vector: torch.bmm(rows, vector[..., None])[..., 0])
+    for user in (attend, layer):
+        patch.setattr(user, "row_products", lambda q, k, scale: torch.bmm(q, k.transpose(1, 2)).mul_(scale))
     patch.setattr(search, "at_once", lambda count, *_, **__: count)
 
 

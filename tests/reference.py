@@ -28,6 +28,8 @@ class Rules:
     top_k_tokens: int
     scope: str = "lane"
     position: str = "none"
+    retrieve_for: str = "head"
+    window_tokens: int = 0
 
 
 @dataclass
@@ -63,38 +65,91 @@ class Read:
 
     values: Tensor
     log_sum_exp: Tensor
-    chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (lane, head, token) -> (lane, first position)
+    chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (row, head, token) -> (lane, first position)
+    window: Read | None = None  # the same of the last tokens before the segment, which are read whole
 
 
-def read_memory(past: Past, q: Tensor, attention: Attention, rules: Rules, *, start: int, documents: Tensor) -> Read:
-    """Design section 3 and 4, word by word, for unrotated queries `[B, H, T, D]`."""
-    num_lanes, num_heads, num_tokens, dim = q.shape
+def read_memory(
+    past: Past,
+    q: Tensor,
+    attention: Attention,
+    rules: Rules,
+    *,
+    start: int,
+    documents: Tensor,
+    first: int = 0,
+    lane_of_row: Sequence[int] | None = None,
+    retrieve_from: Sequence[int] | None = None,
+    visible: Tensor | None = None,
+) -> Read:
+    """Design section 3 and 4, word by word, for unrotated queries `[B, H, T, D]`.
+
+    The queries stand `first` tokens inside the segment; row `b` reads lane `lane_of_row[b]`, of which it may see the
+    chunks that `visible[b]` says, the newest one last. The window is of that lane; older chunks are of lane
+    `retrieve_from[b]`, if that is said.
+    """
+    num_rows, num_heads, num_tokens, dim = q.shape
+    lane_of_row = range(num_rows) if lane_of_row is None else lane_of_row
+    retrieve_from = lane_of_row if retrieve_from is None else retrieve_from
     if not past.keys:
         return Read(torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf), {})
     keys, values, owner = torch.cat(past.keys, 2), torch.cat(past.values, 2), torch.cat(past.documents, 1)
     group = num_heads // keys.shape[1]
     every = _chunks(past, owner, rules, start)
+    is_recent = [chunk.positions[0] >= start - rules.window_tokens for chunk in every]
+    older = [chunk for chunk, recent in zip(every, is_recent, strict=True) if not recent]
+    window = [chunk for chunk, recent in zip(every, is_recent, strict=True) if recent]
     rows, log_sum_exps, found = [], [], {}
-    for lane in range(num_lanes):
+    recent_rows: list[Tensor] = []
+    recent_lse: list[Tensor] = []
+    for row in range(num_rows):
+        may = [chunk for chunk in older if visible is None or _may_see(visible[row], chunk, start, rules)]
+        near = [chunk for chunk in window if visible is None or _may_see(visible[row], chunk, start, rules)]
         for head in range(num_heads):
             for token in range(num_tokens):
-                query, now = q[lane, head, token], start + token
-                document = int(documents[lane, token])
-                seen = [chunk for chunk in every if _sees(lane, document, chunk, rules.scope)]
-                best = _best(query, keys[:, head // group], seen, now, head, attention, rules)
-                found[lane, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
-                if not best:
-                    rows.append(query.new_zeros(dim))
-                    log_sum_exps.append(query.new_tensor(-math.inf))
-                    continue
-                key = torch.cat([keys[c.lane, head // group, c.tokens] for c in best])
-                distances = [now - at for c in best for at in c.positions]
-                logits = _logits(query, key, distances, head, attention, rules.position)
-                value = torch.cat([values[c.lane, head // group, c.tokens] for c in best])
-                rows.append(torch.softmax(logits, 0) @ value)
-                log_sum_exps.append(torch.logsumexp(logits, 0))
-    shape = (num_lanes, num_heads, num_tokens)
-    return Read(torch.stack(rows).view(*shape, dim), torch.stack(log_sum_exps).view(shape), found)
+                query, now = q[row, head, token], start + first + token
+                document = int(documents[row, token])
+                seen = [chunk for chunk in may if _sees(retrieve_from[row], document, chunk, rules.scope)]
+                of_lane = [chunk for chunk in near if chunk.lane == lane_of_row[row]]
+                whole = [c for c in of_lane if _sees(lane_of_row[row], document, c, rules.scope)]
+                for into, value in zip(
+                    (recent_rows, recent_lse),
+                    _attend(query, keys, values, whole, now, head, group, attention, "true"),
+                    strict=True,
+                ):
+                    into.append(value)
+                of_kv_head = range(head // group * group, (head // group + 1) * group)
+                asking = of_kv_head if rules.retrieve_for == "kv_head" else [head]
+                asked = {one: q[row, one, token] for one in asking}
+                best = _best(asked, keys[:, head // group], seen, now, attention, rules)
+                found[row, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
+                read = _attend(query, keys, values, best, now, head, group, attention, rules.position)
+                rows.append(read[0])
+                log_sum_exps.append(read[1])
+    shape = (num_rows, num_heads, num_tokens)
+    recent = Read(torch.stack(recent_rows).view(*shape, dim), torch.stack(recent_lse).view(shape), {})
+    values, log_sum_exp = torch.stack(rows).view(*shape, dim), torch.stack(log_sum_exps).view(shape)
+    return Read(values, log_sum_exp, found, recent if rules.window_tokens else None)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chunks: list[Chunk],
+    now: int,
+    head: int,
+    group: int,
+    attention: Attention,
+    position: str,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one query over the tokens of some chunks, and its log-sum-exp."""
+    if not chunks:
+        return query.new_zeros(query.shape), query.new_tensor(-math.inf)
+    key = torch.cat([keys[c.lane, head // group, c.tokens] for c in chunks])
+    value = torch.cat([values[c.lane, head // group, c.tokens] for c in chunks])
+    logits = _logits(query, key, [now - at for c in chunks for at in c.positions], head, attention, position)
+    return torch.softmax(logits, 0) @ value, torch.logsumexp(logits, 0)
 
 
 def _chunks(past: Past, owner: Tensor, rules: Rules, start: int) -> list[Chunk]:
@@ -114,15 +169,24 @@ def _sees(lane: int, document: int, chunk: Chunk, scope: str) -> bool:
     return chunk.lane == lane and (scope == "lane" or chunk.documents == {document})
 
 
+def _may_see(visible: Tensor, chunk: Chunk, start: int, rules: Rules) -> bool:
+    """Whether a row's `visible`, the chunk right before the segment last, allows a chunk."""
+    chunks_back = -((chunk.positions[0] - start) // rules.chunk_size)
+    return bool(visible[len(visible) - chunks_back])
+
+
 def _best(
-    query: Tensor, keys: Tensor, seen: list[Chunk], now: int, head: int, attention: Attention, rules: Rules
+    queries: Mapping[int, Tensor], keys: Tensor, seen: list[Chunk], now: int, attention: Attention, rules: Rules
 ) -> list[Chunk]:
-    """The top chunks of one query by their mean key, read at the distance of the chunk's centre."""
+    """The top chunks for the queries of some heads by their mean key, read at the distance of the chunk's centre."""
     if not seen:
         return []
     means = torch.stack([keys[chunk.lane, chunk.tokens].mean(0) for chunk in seen])
     distances = [now - sum(chunk.positions) / len(chunk.positions) for chunk in seen]
-    scores = _logits(query.detach(), means, distances, head, attention, rules.position).tolist()
+    of_heads = [
+        _logits(query.detach(), means, distances, head, attention, rules.position) for head, query in queries.items()
+    ]
+    scores = torch.stack(of_heads).amax(0).tolist()
     order = sorted(range(len(seen)), key=lambda i: -scores[i])
     return [seen[i] for i in order[: rules.top_k_tokens // rules.chunk_size]]
 
@@ -144,8 +208,29 @@ def _logits(
     return logits if attention.slopes is None else logits - attention.slopes[head] * read_at
 
 
+def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of several: values `[B, H, T, D]` and log-sum-exps `[B, H, T]`."""
+    whole = torch.logsumexp(torch.stack([log_sum_exp for _, log_sum_exp in parts]), 0)
+    return sum(torch.exp(lse - whole)[..., None] * values for values, lse in parts), whole  # type: ignore[return-value]
+
+
+def read_sink(q: Tensor, key: Tensor, value: Tensor, attention: Attention, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Values and logit of one token `[Hkv, D]` that lies at the far distance, or where memory ends under `true`."""
+    position = f"fixed:{rules.tokens}" if rules.position == "true" else rules.position.replace("clamp", "fixed")
+    heads = q.shape[1]
+    of_heads = []
+    for head in range(heads):
+        own = key[head * len(key) // heads][None]
+        rows = [_logits(row, own, [0], head, attention, position) for row in q[:, head].flatten(0, 1)]
+        of_heads.append(torch.cat(rows).view(len(q), -1))
+    values = torch.stack([value[head * len(value) // heads] for head in range(heads)])
+    return values[None, :, None].expand_as(q), torch.stack(of_heads, 1)
+
+
 def fuse(local: Tensor, local_lse: Tensor, read: Read, gate: Tensor, fusion: str) -> Tensor:
-    """Mixes local attention `[B, H, T, D]` and memory, per head."""
+    """Mixes local attention `[B, H, T, D]` and memory, per head; a window is part of the local attention."""
+    if read.window is not None:
+        local, local_lse = join([(local, local_lse), (read.window.values, read.window.log_sum_exp)])
     sees = torch.isfinite(read.log_sum_exp)
     if fusion == "gate":
         share = torch.sigmoid(gate)[None, :, None].expand_as(local_lse)
@@ -167,6 +252,7 @@ class ReferenceSideNet:
         fusion: `gate` or `joint`.
         gate: First number of every head.
         rules: How memory is read.
+        sink: Token that every query can read, encoded alone; None: there is none.
     """
 
     def __init__(
@@ -179,6 +265,7 @@ class ReferenceSideNet:
         fusion: str = "gate",
         gate: float = 0.0,
         rules: Rules | None = None,
+        sink: int | None = None,
     ) -> None:
         self.lm, self.boundaries, self.residual, self.fusion = Reference(model), list(boundaries), residual, fusion
         self.rules = rules
@@ -188,6 +275,7 @@ class ReferenceSideNet:
         self.norm = copy.deepcopy(self.lm.final_norm())
         self.gates = {n: torch.full((self.lm.heads,), gate, dtype=torch.float64) for n in memory_layers}
         self.past = {n: Past() for n in memory_layers}
+        self.sinks = {n: self._key_and_value(n, torch.tensor([[sink]])) for n in memory_layers if sink is not None}
         self.trained = [p for m in (*self.layers.values(), self.norm) for p in m.parameters()] + [*self.gates.values()]
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -195,24 +283,32 @@ class ReferenceSideNet:
     def _inside(self, documents: Tensor) -> Tensor | None:
         return documents if self.rules is not None and self.rules.scope == "document" else None
 
-    def remember(self, tokens: Tensor, *, start: int, documents: Tensor) -> None:
-        """Encodes a segment of every lane and remembers it."""
-        taps = self.lm.taps(tokens, self._inside(documents))
+    def remember(self, tokens: Tensor, *, start: int, documents: Tensor, num_context: int = 0) -> None:
+        """Encodes a segment of every lane and remembers it; the first tokens may be left context."""
+        after, of_segment = slice(num_context, None), documents[:, num_context:]
         for number, past in self.past.items():
-            source = self.boundaries[number]
-            caught: list[tuple[Tensor, Tensor]] = []
+            key, value = self._key_and_value(number, tokens, documents)
+            past.add(key[:, :, after], value[:, :, after], start=start, documents=of_segment)
 
-            def catch(q: Tensor, k: Tensor, v: Tensor, into: list[tuple[Tensor, Tensor]] = caught) -> Tensor:
-                into.append((k, v))
-                return q
+    def _key_and_value(self, number: int, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What a memory layer is given of a segment, `[B, Hkv, T, D]` each."""
+        source, caught = self.boundaries[number], []
+        taps = self.lm.taps(tokens, None if documents is None else self._inside(documents))
 
-            self.lm.layer(self.lm.layers[source - 1], taps[source - 1], catch)
-            past.add(*caught[0], start=start, documents=documents)
+        def catch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            caught.append((k, v))
+            return q
 
-    def logits(self, tokens: Tensor, *, start: int = 0, documents: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` of a segment, memory read."""
+        self.lm.layer(self.lm.layers[source - 1], taps[source - 1], catch)
+        return caught[0]
+
+    def logits(
+        self, tokens: Tensor, *, start: int = 0, documents: Tensor | None = None, num_context: int = 0
+    ) -> Tensor:
+        """Logits `[B, T, V]` of a segment, memory read; the first tokens may be left context."""
         documents = torch.zeros_like(tokens) if documents is None else documents
-        x, b = self.lm.taps(tokens, self._inside(documents)), self.boundaries
+        x, b = [tap[:, num_context:] for tap in self.lm.taps(tokens, self._inside(documents))], self.boundaries
+        documents = documents[:, num_context:]
         state = x[b[0]]
         for number, layer in self.layers.items():
             attend = self._attend(number, start, documents)
@@ -228,11 +324,14 @@ class ReferenceSideNet:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             logits = local_logits(q, repeat(k, heads), attention, self._inside(documents))
-            local = torch.softmax(logits, -1) @ repeat(v, heads)
+            local, log_sum_exp = torch.softmax(logits, -1) @ repeat(v, heads), torch.logsumexp(logits, -1)
             if number not in self.past:
                 return local
             assert self.rules is not None
+            if number in self.sinks:
+                key, value = (x[0, :, 0] for x in self.sinks[number])
+                local, log_sum_exp = join([(local, log_sum_exp), read_sink(q, key, value, attention, self.rules)])
             read = read_memory(self.past[number], q, attention, self.rules, start=start, documents=documents)
-            return fuse(local, torch.logsumexp(logits, -1), read, self.gates[number], self.fusion)
+            return fuse(local, log_sum_exp, read, self.gates[number], self.fusion)
 
         return attend

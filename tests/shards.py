@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.bank import EMPTY, BankShape, MemoryBank
 from pipeline.memory.place import ShardPlace, Turn, ring_chunks
 
 NUM_LANES, SEGMENT, CHUNK = 4, 8, 2
@@ -40,6 +40,22 @@ def filled_bank(place: ShardPlace, *, num_segments: int) -> MemoryBank:
         memory = [(rows[:, layer, 0], rows[:, layer, 1]) for layer in range(LAYERS)]
         bank.append(memory, start=index * SEGMENT, documents=documents)
     return bank
+
+
+def in_slot_order(bank: MemoryBank) -> dict[str, torch.Tensor]:
+    """What the first version of the stored form says of a bank, written down as it was."""
+    filled = torch.from_numpy(np.flatnonzero(bank.positions != EMPTY))
+    state = {
+        "slots": filled,
+        "num_chunks": torch.tensor(bank.shape.num_chunks),
+        "next_slot": torch.tensor(bank.next_slot),
+        "positions": torch.from_numpy(bank.positions)[filled],
+        "documents": bank.documents[:, filled],
+    }
+    for index, store in enumerate(bank.layers):
+        state[f"keys.{index}"] = store.keys[:, :, filled].contiguous()
+        state[f"values.{index}"] = store.values[:, :, filled].contiguous()
+    return state
 
 
 def visible(bank: MemoryBank, *, end: int, num_tokens: int) -> dict[str, torch.Tensor]:

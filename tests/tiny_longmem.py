@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.reader import AgeObserver
-from pipeline.model.longmem import LongMem, build
-from pipeline.model.stream import Stream
+from pipeline.memory.reader import AgeObserver, BankReader
+from pipeline.memory.segment import Reading
+from pipeline.model.longmem import LongMem, build, sink_token
+from pipeline.model.stream import Context, Stream
 from tests.reference import ReferenceSideNet, Rules
 from tests.tiny_config import tiny_config
 from tests.tiny_models import VOCABULARY
@@ -38,9 +39,9 @@ class TinyLongMem:
         """One that has not moved, with the bank as it is."""
         return Stream(self.longmem, self.bank)
 
-    def remember(self, tokens: Tensor, *, start: int, documents: Tensor | None = None) -> None:
-        """Encodes and appends a segment of every lane."""
-        self.stream.feed(tokens, torch.zeros_like(tokens) if documents is None else documents, start=start)
+    def remember(self, tokens: Tensor, *, start: int, documents: Tensor | None = None, num_context: int = 0) -> None:
+        """Encodes and appends a segment of every lane; the first tokens may be left context."""
+        self.stream.feed(*_split(tokens, documents, num_context), start=start)
 
     def hidden(
         self,
@@ -50,10 +51,10 @@ class TinyLongMem:
         documents: Tensor | None = None,
         memory: bool = True,
         observe_ages: AgeObserver | None = None,
+        num_context: int = 0,
     ) -> Tensor:
-        """Input of the LM head `[B, T, E]`; nothing is remembered."""
-        documents = torch.zeros_like(tokens) if documents is None else documents
-        seen = self.stream.look(tokens, documents, start=start)
+        """Input of the LM head `[B, T, E]`; nothing is remembered. The first tokens may be left context."""
+        seen = self.stream.look(*_split(tokens, documents, num_context), start=start)
         return self.stream.hidden(seen, memory="own" if memory else "none", observe_ages=observe_ages)
 
     def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
@@ -82,8 +83,29 @@ class TinyLongMem:
             residual=side.residual,
             fusion=side.fusion,
             gate=side.gate_init,
-            rules=Rules(memory.tokens, memory.chunk_size, memory.top_k_tokens, memory.scope, memory.position),
+            rules=Rules(
+                memory.tokens,
+                memory.chunk_size,
+                memory.top_k_tokens,
+                memory.scope,
+                memory.position,
+                memory.retrieve_for,
+                memory.window_tokens,
+            ),
+            sink=sink_token(model.config) if memory.sink else None,
         )
+
+
+def _split(tokens: Tensor, documents: Tensor | None, num_context: int) -> tuple[Tensor, Tensor, Context]:
+    """A segment, its documents, and the context before it."""
+    documents = torch.zeros_like(tokens) if documents is None else documents
+    before = Context(tokens[:, :num_context], documents[:, :num_context])
+    return tokens[:, num_context:], documents[:, num_context:], before
+
+
+def reader_of(model: LongMem, bank: MemoryBank, *, start: int, documents: Tensor, **kwargs: Any) -> BankReader:
+    """Lets a segment of every lane read a bank by the model's own settings."""
+    return BankReader(bank, model.read_settings, model.geometries, Reading(start, documents), **kwargs)
 
 
 def tiny_tokens(shape: tuple[int, int], *, seed: int = 0) -> Tensor:
@@ -95,5 +117,6 @@ def bank_bytes(bank: MemoryBank) -> bytes:
     """Everything that a bank holds."""
     parts = [bank.positions.tobytes(), bank.documents.numpy().tobytes(), str(bank.next_slot).encode()]
     for store in bank.layers:
-        parts += [t.contiguous().numpy().tobytes() for t in (store.keys, store.values, store.chunk_keys)]
+        tensors = (store.keys, store.values, store.chunk_keys)  # numpy knows no bfloat16
+        parts += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
     return b"".join(parts)

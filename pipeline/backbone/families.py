@@ -69,17 +69,17 @@ class Family:
             q `[B, H, T, D]`, k and v `[B, Hkv, T, D]`, without any rotary embedding.
         """
         if self.fused == "heads":
-            query, key, value = outputs[0].unflatten(-1, (-1, 3, head_dim)).unbind(-2)
+            query, key, value = outputs[0].unflatten(-1, (-1, 3, head_dim)).unbind(-2)  # of [B, T, H, 3, D]
         elif self.fused == "thirds":
-            query, key, value = outputs[0].unflatten(-1, (3, -1, head_dim)).unbind(-3)
+            query, key, value = outputs[0].unflatten(-1, (3, -1, head_dim)).unbind(-3)  # of [B, T, 3, H, D]
         elif self.norms:
-            value = outputs[2].unflatten(-1, (-1, head_dim))
+            value = outputs[2].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
             if self.norm_heads_first:
                 return outputs[0], outputs[1], value.transpose(1, 2)
             query, key = outputs[0], outputs[1]
         else:
             query, key, value = (output.unflatten(-1, (-1, head_dim)) for output in outputs)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # from [B, T, H or Hkv, D]
 
 
 _ROTARY = Family()
@@ -171,28 +171,13 @@ def family_of(config: Any) -> Family:
 
 
 def attention_scale(attention: nn.Module, head_dim: int) -> float:
-    """The factor on `q k^T` of one attention module (Gemma's and GPT-2's are not always `D^-1/2`).
-
-    Args:
-        attention: An attention module of the backbone.
-        head_dim: `D`.
-
-    Returns:
-        The factor.
-    """
+    """The factor on `q k^T` of one attention module (Gemma's and GPT-2's are not always `D^-1/2`)."""
     scaling = getattr(attention, "scaling", None)
     return float(scaling) if scaling is not None else head_dim**-0.5
 
 
 def sliding_window(attention: nn.Module) -> int | None:
-    """How many tokens, the query's own among them, an attention module sees.
-
-    Args:
-        attention: An attention module of the backbone.
-
-    Returns:
-        The window in tokens, or None where the module sees its whole segment.
-    """
+    """How many tokens, the query's own among them, an attention module sees; None: its whole segment."""
     config = getattr(attention, "config", None)
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
@@ -203,7 +188,7 @@ def position_encoding(family: Family, decoder: nn.Module, layer: int, *, num_hea
     Args:
         family: The model's family.
         decoder: The module that holds the layers (and the rotary embedding).
-        layer: Index of the layer, counted from 0.
+        layer: The layer, counted from 1.
         num_heads: `H`.
 
     Returns:
@@ -219,7 +204,7 @@ def position_encoding(family: Family, decoder: nn.Module, layer: int, *, num_hea
     rotary: Any = decoder.rotary_emb
     # Gemma 3 has a set of frequencies for each kind of layer; other families one for all.
     layer_types = getattr(rotary.config, "layer_types", None)
-    layer_type = layer_types[layer] if isinstance(rotary.rope_type, dict) and layer_types else ""
+    layer_type = layer_types[layer - 1] if isinstance(rotary.rope_type, dict) and layer_types else ""
     prefix = f"{layer_type}_" if layer_type else ""
     kind = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
     if kind in ("dynamic", "longrope"):
@@ -234,18 +219,7 @@ def position_encoding(family: Family, decoder: nn.Module, layer: int, *, num_hea
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """ALiBi's slope of each head.
-
-    Args:
-        num_heads: `H`.
-
-    Returns:
-        float32 `[H]`.
-
-    Source:
-        Press et al. 2022, "Train short, test long", section 3; for a number of heads that is no power of two, the
-        slopes of the next lower power, then every second slope of the next higher one (their reference code).
-    """
+    """Slope of each head, float32 `[H]`. Source: Press et al. 2022, section 3; between powers of two, their code."""
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (head + 1) / lower) for head in range(lower)]
     slopes += [2.0 ** (-4.0 * (2 * head + 1) / lower) for head in range(num_heads - lower)]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, in_a_line
 from pipeline.files import is_a_path
 
 _CHECK = "check the folder, or convert or download the model again"
@@ -110,16 +110,7 @@ def _other_weights(path: str, got: str, expected: str) -> BackboneError:
 
 
 def _is_unused(name: str, layers: str, wanted: Collection[str]) -> bool:
-    """Whether a weight is one of a layer, and the model has no place for it.
-
-    Args:
-        name: As stored. The first parts of a name may be missing (`h.0.` for `transformer.h.0.`) or more.
-        layers: How names of the model's layers begin, such as `model.layers.`.
-        wanted: Names of the model.
-
-    Returns:
-        The answer.
-    """
+    """Whether a stored weight is one of a layer and the model has no place for it."""
     found = _IN_LAYER.match(name)
     if found is None or _NOT_WEIGHTS.search(name) or not (layers.endswith(found[1]) or found[1].endswith(layers)):
         return False
@@ -253,9 +244,3 @@ def _refuse_unused(path: str, unused: Collection[str]) -> None:
             got=f"backbone.path {path!r} with {', '.join(sorted(unused)[:3])} ({len(unused)} in all)",
             do="put back the config.json that belongs to the weights, or " + _CHECK,
         )
-
-
-def in_a_line(error: BaseException) -> str:
-    """What went wrong, as a message has room for it."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:300]}"

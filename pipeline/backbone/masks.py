@@ -22,26 +22,17 @@ def visible_in_segment(
         bool `[B or 1, 1, len(rows), T]`.
     """
     index = torch.arange(length, device=device)
-    distance = index[rows, None] - index[None, :]
+    distance = index[rows, None] - index[None, :]  # [len(rows), T]
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
     if documents is None:
-        return visible[None, None]
-    return visible[None, None] & (documents[:, None, rows, None] == documents[:, None, None, :])
+        return visible[None, None]  # [1, 1, len(rows), T]
+    return visible[None, None] & (documents[:, None, rows, None] == documents[:, None, None, :])  # [B, 1, len(rows), T]
 
 
 def document_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None) -> Tensor:
-    """The additive mask that keeps attention causal and inside a document.
-
-    Args:
-        documents: Document of each token, int64 `[B, T]`.
-        dtype: Floating dtype of the attention logits.
-        window: As in `visible_in_segment`.
-
-    Returns:
-        `[B, 1, T, T]`: 0 where visible, the lowest finite number elsewhere.
-    """
+    """Additive mask `[B, 1, T, T]` of documents `[B, T]`: 0 where attention sees, the lowest number elsewhere."""
     length = documents.shape[1]
     visible = visible_in_segment(slice(0, length), length, documents=documents, window=window, device=documents.device)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

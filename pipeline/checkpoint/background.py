@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from pipeline.distributed.ranks import gather
+from pipeline.distributed.ranks import gather_objects
 
 Result = TypeVar("Result")
 _POLL_S = 0.5
@@ -31,14 +31,7 @@ class Background(Generic[Result]):
         self._thread.start()
 
     def is_done(self, *, wait_s: float = 0.0) -> bool:
-        """Whether it has ended, well or not.
-
-        Args:
-            wait_s: Seconds to wait for it.
-
-        Returns:
-            Whether `result` or `error` can be read.
-        """
+        """Whether it has ended, well or not, after at most `wait_s` seconds: `result` or `error` can be read."""
         self._thread.join(wait_s)
         return not self._thread.is_alive()
 
@@ -50,12 +43,6 @@ class Background(Generic[Result]):
 
 
 def wait_for_all(task: Background[Any] | None) -> None:
-    """Waits until the work of every rank has ended, however long it takes: no collective waits for it and times out.
-
-    Collective: every rank must call it.
-
-    Args:
-        task: This rank's work, or None.
-    """
-    while not all(gather(task is None or task.is_done(wait_s=_POLL_S))):
+    """Waits until the work of every rank has ended; no single collective waits long. Collective: every rank."""
+    while not all(gather_objects(task is None or task.is_done(wait_s=_POLL_S))):
         pass

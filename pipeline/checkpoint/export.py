@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ from pipeline.errors import CheckpointError
 
 WEIGHTS, SETTINGS, ABOUT = "model.safetensors", "config.yaml", "export.json"
 _OWNER = "sidenet"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained weights: WEIGHTS and SETTINGS in a folder, and what an export says about them."""
+
+    folder: Path
+    about: Mapping[str, Any]
 
 
 def export(source: Path, output: Path) -> Path:
@@ -42,17 +52,11 @@ def export(source: Path, output: Path) -> Path:
     """
     if os.path.lexists(output):
         raise CheckpointError("the output exists already; nothing was written", got=output, do="name a new folder")
-    checkpoint = _find(source)
-    manifest = read_manifest(checkpoint)
-    check_names_and_sizes(checkpoint, manifest.files)
-    raise_damage(checkpoint, damaged(checkpoint, manifest.files, sorted(manifest.files)))
-    wanted = [f"{_OWNER}/{part}" for part in (WEIGHTS, SETTINGS)]
-    raise_damage(checkpoint, [f"{name} is not in its manifest" for name in wanted if name not in manifest.files])
-    about = {"step": manifest.step, "sha256": manifest.files[wanted[0]].sha256, **manifest.identity}
+    trained = find_trained(source)
     try:
-        _write(checkpoint, output, about)
+        _write(trained, output)
     except OSError as error:
-        needed = sum(manifest.files[name].size for name in wanted)
+        needed = sum((trained.folder / part).stat().st_size for part in (WEIGHTS, SETTINGS))
         room = f"; {room_words(output, needed)}" if is_want_of_room(error) else ""
         raise CheckpointError(
             "the output cannot be written; nothing is left of it",
@@ -60,16 +64,38 @@ def export(source: Path, output: Path) -> Path:
             expected="a new folder where one can be made",
             do="name one where you may write and where there is room",
         ) from error
-    return checkpoint
+    return trained.folder.parent
 
 
-def _write(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
+def find_trained(source: Path) -> Trained:
+    """Finds the trained weights of a checkpoint, all of whose files are read and held against their hashes.
+
+    Args:
+        source: A checkpoint (`step_*`), or a run folder: its newest one.
+
+    Returns:
+        The weights.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is damaged.
+    """
+    checkpoint = _find(source)
+    manifest = read_manifest(checkpoint)
+    check_names_and_sizes(checkpoint, manifest.files)
+    raise_damage(checkpoint, damaged(checkpoint, manifest.files, sorted(manifest.files)))
+    wanted = [f"{_OWNER}/{part}" for part in (WEIGHTS, SETTINGS)]
+    raise_damage(checkpoint, [f"{name} is not in its manifest" for name in wanted if name not in manifest.files])
+    about = {"step": manifest.step, "sha256": manifest.files[wanted[0]].sha256, **manifest.identity}
+    return Trained(checkpoint / _OWNER, about)
+
+
+def _write(trained: Trained, output: Path) -> None:
     if os.path.lexists(output.parent) and not output.parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent))
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write_below(checkpoint, output, about)
+        _write_below(trained, output)
     except OSError:
         for parent in made:
             with suppress(OSError):
@@ -77,13 +103,13 @@ def _write(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
         raise
 
 
-def _write_below(checkpoint: Path, output: Path, about: dict[str, Any]) -> None:
+def _write_below(trained: Trained, output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{output.name[:50]}-", dir=output.parent) as name:
         whole = Path(name, "whole")
         whole.mkdir()
         for part in (WEIGHTS, SETTINGS):
-            shutil.copyfile(checkpoint / _OWNER / part, whole / part)
-        (whole / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            shutil.copyfile(trained.folder / part, whole / part)
+        (whole / ABOUT).write_text(json.dumps(trained.about, indent=1) + "\n", encoding="utf-8")
         whole.rename(output)
 
 

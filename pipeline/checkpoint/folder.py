@@ -33,13 +33,13 @@ from pipeline.checkpoint.manifest import (
 from pipeline.checkpoint.shelf import LATEST, Shelf, step_of
 from pipeline.checkpoint.writing import Writing, change, describe, unwritten
 from pipeline.config.untrusted import shown
-from pipeline.distributed.ranks import check_agreement, gather, on_rank_zero, rank, together, world_size
+from pipeline.distributed.ranks import check_agreement, gather_objects, on_rank_zero, rank, together, world_size
 from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
-TOKEN_STORE = "token store"
-"""Name of a part of the identity that older checkpoints do not have."""
+TOKEN_STORE, MEMORY_TOKENS = "token store", "memory tokens"
+"""Names of the parts of the identity that older checkpoints do not have."""
 _NAMED, _REASON = 10, 300  # damaged checkpoints in one message, and characters on each
 
 
@@ -136,7 +136,7 @@ class Checkpoints:
         self.publish_if_written(wait=True)
         names = [owner.name for owner in owners]
         work = self._shelf.folder / f"writing_{step:08d}"
-        needed = sum(gather(sum(owner.least_bytes() for owner in owners)))
+        needed = sum(gather_objects(sum(owner.least_bytes() for owner in owners)))
         change(self._shelf, step, lambda: self._shelf.begin(work, names, needed=needed), needed=needed)
         try:
             rests = [owner.save(work / owner.name) for owner in owners]
@@ -250,7 +250,7 @@ class Checkpoints:
         other = {
             name: (saved.get(name), value)
             for name, value in self.identity.items()
-            if saved.get(name) != value and (name in saved or name != TOKEN_STORE)
+            if saved.get(name) != value and (name in saved or name not in (TOKEN_STORE, MEMORY_TOKENS))
         }
         if other:
             raise CheckpointError(
@@ -281,10 +281,10 @@ class Checkpoints:
     def _verify(self, checkpoint: Path, owners: Sequence[StateOwner]) -> Manifest:
         """Checks everything; the ranks share the reading."""
         manifest = together(lambda: self.check(checkpoint))
-        found = gather(damaged(checkpoint, manifest.files, _share(sorted(manifest.files))))
+        found = gather_objects(damaged(checkpoint, manifest.files, _share(sorted(manifest.files))))
         raise_damage(checkpoint, [problem for part in found for problem in part])
         saved = SavedWorld(manifest.world_size, manifest.group_size)
-        unreadable = gather([words for owner in owners for words in _unreadable(owner, checkpoint, saved)])
+        unreadable = gather_objects([words for owner in owners for words in _unreadable(owner, checkpoint, saved)])
         raise_damage(checkpoint, sorted({problem for part in unreadable for problem in part}))
         return manifest
 

@@ -18,8 +18,10 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.config.untrusted import Typed, parse_json, read_small, shown, what_is_wrong
 from pipeline.errors import CheckpointError
+from pipeline.files import hash_file
 
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, FORMAT)  # 2 stores the memory in the order of its slots: the first version of `pipeline/memory/file.py`
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
 _MANIFEST_BYTES = 256 << 20  # of a million files
@@ -78,14 +80,7 @@ class Manifest(Typed):
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
-    """The text of a manifest.
-
-    Args:
-        content: What it is to say, as plain JSON.
-
-    Returns:
-        JSON with the hash of the content added.
-    """
+    """The text of a manifest: plain JSON, with the hash of the content added."""
     return json.dumps({**content, _OWN_HASH: _content_hash(content)}, indent=1)
 
 
@@ -111,11 +106,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         found = content["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _not_whole(checkpoint, f"{type(error).__name__} at {path.name}") from error
-    if found != FORMAT:
+    if found not in _READABLE:
         raise CheckpointError(
             f"{checkpoint} has another format",
             got=f"format {shown(found)}",
-            expected=f"format {FORMAT}",
+            expected=f"format {' or '.join(map(str, _READABLE))}",
             do="resume it with the version of LongMem that wrote it",
         )
     try:
@@ -138,14 +133,7 @@ def _not_whole(checkpoint: Path, got: str) -> DamageError:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of everything below a folder that is not a folder itself.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Paths relative to it, sorted; without the manifest.
-    """
+    """Names, relative and sorted, of all below a folder that is no folder itself; without the manifest."""
     found = []
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -154,52 +142,21 @@ def files_below(folder: Path) -> list[str]:
 
 
 def digest(path: Path, *, flush: bool = False) -> dict[str, Any]:
-    """Size and hash of a file.
-
-    Args:
-        path: The file.
-        flush: Whether it must be on the disk, not in a cache, when this returns.
-
-    Returns:
-        Its entry in a manifest: `size` in bytes and `sha256`.
-    """
-    found, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-            size += len(block)
-        if flush:
-            os.fsync(file.fileno())
-    return {"size": size, "sha256": found.hexdigest()}
+    """A file's entry in a manifest, `size` in bytes and `sha256`; `flush`: it is on the disk when this returns."""
+    size, sha256 = hash_file(path, flush=flush)
+    return {"size": size, "sha256": sha256}
 
 
 def check_names_and_sizes(checkpoint: Path, files: Mapping[str, FileEntry]) -> None:
-    """Checks what can be seen without reading any file.
-
-    Args:
-        checkpoint: The checkpoint's folder.
-        files: The files that its manifest lists.
-
-    Raises:
-        DamageError: A file is missing, has another size, or is not listed: whoever put it there, DeepSpeed, which goes
-            by the names in a folder, must not unpickle it.
-    """
+    """Checks without reading. Raises DamageError: a file is missing, unlisted, or has another size."""
     wrong = [_wrong_size(checkpoint, name, entry) for name, entry in files.items()]
+    # What somebody put there DeepSpeed, which goes by the names in a folder, must not unpickle.
     foreign = [f"{name} is not in the manifest" for name in files_below(checkpoint) if name not in files]
     raise_damage(checkpoint, [*(problem for problem in wrong if problem is not None), *foreign])
 
 
 def damaged(checkpoint: Path, files: Mapping[str, FileEntry], names: Sequence[str]) -> list[str]:
-    """Reads files and says which are not what the manifest says.
-
-    Args:
-        checkpoint: The checkpoint's folder.
-        files: The files that its manifest lists.
-        names: Which of them to read.
-
-    Returns:
-        What is wrong, in words.
-    """
+    """Reads the files `names` and says, in words, which are not what the manifest's `files` says."""
     problems = []
     for name in names:
         try:
@@ -214,15 +171,7 @@ def damaged(checkpoint: Path, files: Mapping[str, FileEntry], names: Sequence[st
 
 
 def raise_damage(checkpoint: Path, problems: Sequence[str]) -> None:
-    """Fails if there are problems.
-
-    Args:
-        checkpoint: The checkpoint's folder.
-        problems: What is wrong with its files.
-
-    Raises:
-        DamageError: Names them.
-    """
+    """Raises DamageError, which names the problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise DamageError(

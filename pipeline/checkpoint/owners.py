@@ -1,29 +1,23 @@
-"""Owners of state that are not DeepSpeed's: this rank's memory shard, its lanes, its random numbers."""
+"""Owners of small state: this rank's lanes, its random numbers."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.manifest import DamageError
-from pipeline.checkpoint.reshard import rank_file, reshard
-from pipeline.config.untrusted import Typed, parse_json, read_small, what_is_wrong
-from pipeline.distributed.ranks import gather, rank, together, world_size
-from pipeline.errors import CheckpointError
-from pipeline.memory.bank import MemoryBank
-from pipeline.memory.place import ShardPlace
+from pipeline.checkpoint.rank_files import damage_of, rank_file
+from pipeline.config.untrusted import Typed, parse_json, read_small
+from pipeline.distributed.ranks import rank, together
 
 _FAR = 2**53  # beyond what any run reads
 _LANES_BYTES = 1 << 30
@@ -50,83 +44,6 @@ class HoldsJson(Protocol):
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
-
-
-class MemoryOwner:
-    """This rank's memory shard, in safetensors, or nothing: then the lanes' last tokens are read again.
-
-    Comes after the owner of the lanes: reading again begins where they stand.
-
-    Args:
-        bank: The bank.
-        place: Which part of the memory it keeps.
-        store: Whether a checkpoint holds the memory. Loading follows what the checkpoint holds.
-        replay: Fills the bank from the lanes, as they were loaded; called on every rank together.
-    """
-
-    name = "memory"
-
-    def __init__(self, bank: MemoryBank, place: ShardPlace, *, store: bool, replay: Callable[[], None]) -> None:
-        self.bank, self.place, self.store, self.replay = bank, place, store, replay
-
-    def least_bytes(self) -> int:
-        """Of the keys and values that are remembered."""
-        return self.bank.filled_bytes() if self.store else 0
-
-    def save(self, folder: Path) -> Callable[[], None] | None:
-        """Takes a snapshot of the filled part of the shard.
-
-        Args:
-            folder: The owner's folder.
-
-        Returns:
-            Writes the snapshot; None if nothing is stored.
-        """
-        if not self.store:
-            return None
-        snapshot, path = self.bank.state_dict(), rank_file(folder, rank())
-        return lambda: save_file(snapshot, path)
-
-    def check(self, folder: Path, saved: SavedWorld) -> None:
-        """Checks the shards that are about to be read, as far as their headers and places.
-
-        Args:
-            folder: The owner's folder.
-            saved: The ranks that wrote it.
-
-        Raises:
-            DamageError: One is missing, or holds something else.
-        """
-        if not rank_file(folder, 0).is_file():
-            return
-        for number in range(rank(), saved.world_size, world_size()):
-            with _damage_of(rank_file(folder, number)) as path, safe_open(path, framework="pt") as file:
-                _check_shard(file)
-
-    def load(self, folder: Path, saved: SavedWorld) -> None:
-        """Puts the shard back, or together from other ranks' shards, or fills it anew.
-
-        Collective: every rank must call it.
-
-        Args:
-            folder: The owner's folder.
-            saved: The ranks that wrote it.
-
-        Raises:
-            CheckpointError: The stored memory has another shape or dtype.
-        """
-        if not gather(rank_file(folder, 0).is_file())[0]:
-            self.replay()
-            return
-        try:
-            self.bank.load_state_dict(self._stored(folder, saved))
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(str(error), do="resume with the memory.* settings that it was saved with") from error
-
-    def _stored(self, folder: Path, saved: SavedWorld) -> dict[str, Tensor]:
-        if saved == SavedWorld(world_size(), self.place.turn.size):
-            return load_file(rank_file(folder, rank()))
-        return reshard(folder, saved, self.place, num_chunks=self.bank.shape.num_chunks)
 
 
 class LanesOwner:
@@ -194,7 +111,7 @@ class LanesOwner:
         groups = range(0, saved.world_size, saved.group_size)  # the ranks of a group have the same lanes
         states = []
         for first in groups:
-            with _damage_of(rank_file(folder, first, "json")) as path:
+            with damage_of(rank_file(folder, first, "json")) as path:
                 states.append(LanesState.model_validate(parse_json(read_small(path, limit=_LANES_BYTES))).model_dump())
         lanes = {lane: mark for state in states for lane, mark in state["lanes"].items()}
         return {**states[0], "lanes": lanes}
@@ -246,9 +163,9 @@ class RandomOwner:
             DamageError: A file is missing, or holds no state of a generator.
         """
         source = rank() % saved.world_size
-        with _damage_of(rank_file(folder, source)) as path:
+        with damage_of(rank_file(folder, source)) as path:
             torch.Generator().set_state(load_file(path)["cpu"])
-        with _damage_of(rank_file(folder, source, "json")) as path:
+        with damage_of(rank_file(folder, source, "json")) as path:
             python, numbers = _generators(path)
             random.Random().setstate(python)
             np.random.RandomState().set_state(numbers)
@@ -276,36 +193,3 @@ def _generators(path: Path) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     version, internal, gauss = state["python"]
     kind, keys, *rest = state["numpy"]
     return (version, tuple(internal), gauss), (kind, np.array(keys, dtype=np.uint32), *rest)
-
-
-@contextmanager
-def _damage_of(path: Path) -> Iterator[Path]:
-    """Whatever a file makes fail that should hold plain numbers is damage of this file."""
-    try:
-        yield path
-    except ValidationError as error:
-        raise DamageError(f"{path.name} holds something else", got=what_is_wrong(error)) from error
-    except (
-        OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError,
-        SafetensorError,
-    ) as error:  # fmt: skip
-        raise DamageError(f"{path.name} holds something else", got=f"{type(error).__name__}: {error}") from error
-
-
-def _check_shard(file: Any) -> None:
-    """Checks the part of a shard that says where its chunks belong."""
-    slots, positions, documents = (file.get_tensor(name) for name in ("slots", "positions", "documents"))
-    num_chunks, next_slot = int(file.get_tensor("num_chunks")), int(file.get_tensor("next_slot"))
-    count = len(slots)
-    is_whole = (
-        {slots.dtype, positions.dtype, documents.dtype} == {torch.int64}
-        and slots.shape == positions.shape == (count,)
-        and documents.dim() == 2
-        and documents.shape[1] == count
-        and len(slots.unique()) == count
-        and bool(((slots >= 0) & (slots < num_chunks)).all())
-        and bool(((positions >= 0) & (positions <= _FAR)).all())
-        and 0 <= next_slot < max(1, num_chunks)
-    )
-    if not is_whole:
-        raise ValueError("the places of its chunks contradict each other")

@@ -12,14 +12,7 @@ _WORDS = ("unexpected pos", "PytorchStreamWriter", "No space left", "File too la
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that can still be written where a path is or will be.
-
-    Args:
-        path: A file or folder; may be missing.
-
-    Returns:
-        What the file system says: it knows no quotas, and other jobs write, too. None if it says nothing.
-    """
+    """Bytes that can be written where a path is or will be, quotas not known; None if the system does not say."""
     for place in (path, *path.absolute().parents):
         try:
             found = os.statvfs(place)
@@ -31,40 +24,18 @@ def free_bytes(path: Path) -> int | None:
 
 
 def free_words(path: Path) -> str:
-    """Free room where a path is.
-
-    Args:
-        path: A file or folder; may be missing.
-
-    Returns:
-        Such as `free: 56 bytes in /scratch/run`.
-    """
+    """Such as `free: 56 bytes in /scratch/run`; the path may be missing."""
     free = free_bytes(path)
     return f"free: {'unknown' if free is None else f'{free:,} bytes'} in {path}"
 
 
 def room_words(path: Path, needed: int) -> str:
-    """Room, needed and free.
-
-    Args:
-        path: Where something was to be written.
-        needed: Bytes that it takes at least.
-
-    Returns:
-        Such as `needed: at least 1,234 bytes, free: 56 bytes in /scratch/run`.
-    """
+    """Such as `needed: at least 1,234 bytes, free: 56 bytes in /scratch/run`."""
     return f"needed: at least {needed:,} bytes, {free_words(path)}"
 
 
 def is_want_of_room(error: BaseException) -> bool:
-    """Whether something could not be written because a disk is full, or a quota or a limit on files is reached.
-
-    Args:
-        error: What it failed with.
-
-    Returns:
-        The answer.
-    """
+    """Whether it failed because a disk is full, or a quota or a limit on files is reached."""
     if isinstance(error, OSError) and error.errno in _WANT:
         return True
     return any(words in str(error) for words in _WORDS)

@@ -33,15 +33,7 @@ _SURELY = 0.75  # a file system that compresses holds somewhat more than it has
 
 
 def step_of(name: str, *, kind: str = "step") -> int | None:
-    """The step in the name of a checkpoint's folder.
-
-    Args:
-        name: The folder's name.
-        kind: What stands before the number.
-
-    Returns:
-        The step; None if a shelf writes no such name.
-    """
+    """The step in the name of a checkpoint's folder; None if a shelf writes no such name."""
     digits = name.removeprefix(f"{kind}_")
     is_own = digits.isascii() and digits.isdecimal() and len(digits) < 20 and name == f"{kind}_{int(digits):08d}"
     return int(digits) if is_own else None
@@ -59,14 +51,7 @@ class Shelf:
         self.folder, self.keep = folder, keep
 
     def place(self, step: int) -> Path:
-        """Where the checkpoint of a step is once it is whole.
-
-        Args:
-            step: The step.
-
-        Returns:
-            The folder.
-        """
+        """Where the checkpoint of a step is once it is whole."""
         return self.folder / f"step_{step:08d}"
 
     def has(self, name: str) -> bool:
@@ -75,14 +60,7 @@ class Shelf:
         return step is not None and self.place(step).is_dir()
 
     def newest_first(self) -> list[Path]:
-        """The checkpoints that a run can go on from; whether they are whole is another question.
-
-        Returns:
-            Their folders.
-
-        Raises:
-            CheckpointError: The run was going back to a step, but which one cannot be read.
-        """
+        """The checkpoints to go on from, whole or not. Raises CheckpointError: a note of going back is damaged."""
         end = self._back_to()
         steps = sorted(self._steps("step"), reverse=True)
         return [self.place(step) for step in steps if end is None or step <= end]
@@ -98,17 +76,7 @@ class Shelf:
             return f"nothing that can be read ({error})"
 
     def begin(self, work: Path, names: Sequence[str], *, needed: int = 0) -> None:
-        """Makes the folders to write to; what an interrupted save or removal left behind goes.
-
-        Args:
-            work: The folder to write to, `writing_*`.
-            names: Of the folders inside.
-            needed: Bytes that will be written at least.
-
-        Raises:
-            OSError: They cannot be made, or there is surely no room. Old checkpoints that this one replaces do not
-                count: they are there until it is whole.
-        """
+        """Clears up and makes `work`, with folders `names`. Raises OSError, also for want of `needed` bytes."""
         self._clear()
         free = free_bytes(self.folder)
         if free is not None and free < _SURELY * needed:
@@ -119,13 +87,7 @@ class Shelf:
             (work / name).mkdir()
 
     def publish(self, step: int, work: Path, manifest: str) -> None:
-        """Makes what was written the newest checkpoint, and removes old ones.
-
-        Args:
-            step: The step.
-            work: Where it was written; the files are on the disk.
-            manifest: The text of its manifest.
-        """
+        """Makes what was written to `work`, and is on the disk, the newest checkpoint, and removes old ones."""
         write_text(work / MANIFEST, manifest)
         for parent, _, _ in os.walk(work):
             _flush_folder(Path(parent))
@@ -159,11 +121,7 @@ class Shelf:
         (self.folder / _BACK_TO).unlink(missing_ok=True)
 
     def remove(self, folder: Path) -> None:
-        """Removes a folder; if that cannot be done, it is logged.
-
-        Args:
-            folder: The folder; not one that counts as a checkpoint.
-        """
+        """Removes a folder that counts as no checkpoint; if that cannot be done, it is logged."""
         try:
             shutil.rmtree(folder)
         except OSError as error:  # it takes space, but nothing counts on its absence

@@ -12,7 +12,7 @@ from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.manifest import digest, files_below
 from pipeline.checkpoint.room import is_want_of_room, room_words
 from pipeline.checkpoint.shelf import Shelf
-from pipeline.distributed.ranks import gather, rank, world_size
+from pipeline.distributed.ranks import gather_objects, rank, world_size
 from pipeline.errors import CheckpointError, LongMemError
 
 
@@ -58,7 +58,7 @@ class Writing:
         if self._hashing is not None:
             if not self._is_done_everywhere(self._hashing, wait_s):
                 return None
-            entries = gather(self._hashing.result)
+            entries = gather_objects(self._hashing.result)
             return {name: entry for part in entries for name, entry in part.items()}
         if self._is_done_everywhere(self._writing, wait_s):
             self._begin_hashing(wait_s)
@@ -66,10 +66,8 @@ class Writing:
 
     def _begin_hashing(self, wait_s: float) -> None:
         names = files_below(self.work)
-        seen = gather(hashlib.sha256("\n".join(names).encode()).hexdigest())
-        if (
-            len(set(seen)) > 1
-        ):  # a rank sees its own files at once; those of others, on some file systems, after a while
+        seen = gather_objects(hashlib.sha256("\n".join(names).encode()).hexdigest())
+        if len(set(seen)) > 1:  # a rank sees the files of others, on some file systems, only after a while
             time.sleep(wait_s)
             return
         mine = names[rank() :: world_size()]
@@ -77,7 +75,7 @@ class Writing:
 
     def _is_done_everywhere(self, task: Background[Any], wait_s: float) -> bool:
         done = task.is_done(wait_s=wait_s)
-        reports = gather((done, describe(task.error, self.shelf.folder, self.needed)))
+        reports = gather_objects((done, describe(task.error, self.shelf.folder, self.needed)))
         self.busy = [number for number, (done, _) in enumerate(reports) if not done]
         if self.busy:  # a failure waits for those who still write: the folder is removed
             return False
@@ -90,41 +88,20 @@ class Writing:
 
 
 def change(shelf: Shelf, step: int, work: Callable[[], None], *, needed: int) -> None:
-    """Changes the folder of checkpoints on rank 0; if that fails, every rank fails.
-
-    Collective: every rank must call it.
-
-    Args:
-        shelf: The folder.
-        step: The step that is saved, for the message.
-        work: What to do on rank 0.
-        needed: Bytes that all ranks write at least, for the message.
-
-    Raises:
-        CheckpointError: It failed.
-    """
+    """Runs `work` on rank 0. Raises CheckpointError on every rank if that fails. Collective: every rank calls it."""
     error: Exception | None = None
     try:
         if rank() == 0:
             work()
     except (OSError, LongMemError) as caught:
         error = caught
-    words = gather(describe(error, shelf.folder, needed))[0]
+    words = gather_objects(describe(error, shelf.folder, needed))[0]
     if words is not None:
         raise unwritten(shelf, step, {0: words}) from error
 
 
 def unwritten(shelf: Shelf, step: int, failed: Mapping[int, str]) -> CheckpointError:
-    """What is said when a checkpoint cannot be written.
-
-    Args:
-        shelf: Where it belongs.
-        step: Its step.
-        failed: The ranks that failed, each with what happened.
-
-    Returns:
-        The error.
-    """
+    """The error that says which ranks could not write a checkpoint, and why."""
     first, *others = sorted(failed)
     return CheckpointError(
         f"rank {first} could not write the checkpoint of step {step}; older ones are untouched",
@@ -134,16 +111,7 @@ def unwritten(shelf: Shelf, step: int, failed: Mapping[int, str]) -> CheckpointE
 
 
 def describe(error: Exception | None, folder: Path, needed: int) -> str | None:
-    """What a rank failed with, in one line.
-
-    Args:
-        error: The error, or None.
-        folder: Where it was writing.
-        needed: Bytes that all ranks write at least.
-
-    Returns:
-        The words, with the room that there is if that was too little; None for no error.
-    """
+    """The words for what a rank failed with; None if it did not fail."""
     if error is None:
         return None
     words = f"{type(error).__name__}: {error}"

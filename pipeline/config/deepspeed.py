@@ -41,18 +41,7 @@ class Owned:
 
 
 def backbone_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of the frozen engine: ZeRO stage 3, no optimizer.
-
-    Args:
-        config: The settings.
-        world_size: Ranks of the job.
-
-    Returns:
-        The JSON that `backbone.deepspeed` names, completed.
-
-    Raises:
-        ConfigError: The file is missing, malformed, or contradicts the settings; or the world size does not fit.
-    """
+    """The JSON that `backbone.deepspeed` names, completed: ZeRO stage 3, no optimizer. Raises ConfigError."""
     owned = [
         *_batch_numbers(config, world_size, accumulation=1, why="the backbone is never trained"),
         *_precision(config),
@@ -62,18 +51,7 @@ def backbone_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def sidenet_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of the training engine: ZeRO stage 2, with our optimizer.
-
-    Args:
-        config: The settings.
-        world_size: Ranks of the job.
-
-    Returns:
-        The JSON that `train.deepspeed` names, completed.
-
-    Raises:
-        ConfigError: The file is missing, malformed, or contradicts the settings; or the world size does not fit.
-    """
+    """The JSON that `train.deepspeed` names, completed: ZeRO stage 2, our optimizer. Raises ConfigError."""
     segments, group_size = config.train.segments_per_step, config.memory.group_size
     why = f"train.segments_per_step {segments} / memory.group_size {group_size}"
     owned = [

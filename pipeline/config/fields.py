@@ -41,11 +41,7 @@ class Setting:
 
 @lru_cache(maxsize=1)
 def all_settings() -> dict[str, Setting]:
-    """All settings in the order of the schema.
-
-    Returns:
-        Dotted name to setting.
-    """
+    """All settings by dotted name, in the order of the schema."""
     settings = (
         _setting(f"{section}.{key}", field)
         for section, model in section_models().items()
@@ -55,11 +51,7 @@ def all_settings() -> dict[str, Setting]:
 
 
 def section_models() -> dict[str, type[Section]]:
-    """The class of each section.
-
-    Returns:
-        Section name to its class, in the order of the schema.
-    """
+    """The class of each section by its name, in the order of the schema."""
     models = {name: field.annotation for name, field in Config.model_fields.items()}
     return {name: model for name, model in models.items() if isinstance(model, type) and issubclass(model, Section)}
 

@@ -109,14 +109,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 
 
 def dump_config(config: Config) -> str:
-    """Write all settings, defaults included, as YAML that loads back equal.
-
-    Args:
-        config: The settings.
-
-    Returns:
-        The YAML text.
-    """
+    """All settings, defaults included, as YAML that loads back equal."""
     return write_yaml(config.model_dump(mode="json"))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.kinds import Count, Precision, Section, Tokens
+from pipeline.config.kinds import Count, Precision, Section, Tokens, TokensOrZero
 from pipeline.config.rules import rule_problems
 from pipeline.errors import ConfigError
 
@@ -44,7 +44,16 @@ class MemoryConfig(Section):
     chunk_size: Count = 4
     """Consecutive tokens retrieved together, found by the mean of their keys."""
     top_k_tokens: Count = 64
-    """Tokens that each query head retrieves for each token; a multiple of `chunk_size`."""
+    """Tokens that each query retrieves; a multiple of `chunk_size`."""
+    retrieve_for: Literal["head", "kv_head"] = "head"
+    """Who retrieves: each query head for itself (the paper), or the query heads of a key/value head together, by the
+    best of their scores."""
+    window_tokens: TokensOrZero = 0
+    """Tokens of a lane right before a segment that are read whole, at their real distance, beside the segment's own;
+    what is retrieved is older. A multiple of `chunk_size`, at most `tokens`; 0: none."""
+    sink: bool = False
+    """Whether every query can also read one constant token, encoded alone, which takes the attention that belongs
+    nowhere."""
     scope: Literal["document", "lane", "group"] = "lane"
     """Which past a query sees: its own document's, its lane's, or that of all lanes of its memory group."""
     group_size: Count = 1
@@ -116,6 +125,8 @@ class ModelSettings(Section):
     """`memory`: the bank and how it is read."""
     sidenet: SideNetConfig = SideNetConfig()
     """`sidenet`: the trained side-network."""
+    context_tokens: TokensOrZero = 0
+    """`backbone.context_tokens`."""
     segment_tokens: Count = 1024
     """`train.segment_tokens`."""
     precision: Precision = "fp32"
@@ -139,14 +150,7 @@ class ModelSettings(Section):
 
 
 def dotted(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten sections to dotted names.
-
-    Args:
-        sections: Section name to a mapping of its keys; a section that is no mapping is left out.
-
-    Returns:
-        `section.key` to value.
-    """
+    """Sections flattened to `section.key` -> value; a section that is no mapping is left out."""
     return {
         f"{section}.{key}": value
         for section, keys in sections.items()

@@ -10,14 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Ends the program quietly when nobody reads what is printed inside any more, as after `| head -1`.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        SystemExit: With 0: what was asked for was done.
-    """
+    """Ends the program, with 0, when nobody reads what is printed inside any more, as after `| head -1`."""
     try:
         try:
             yield

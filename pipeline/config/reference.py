@@ -52,11 +52,7 @@ The files may write `"auto"` there or leave it out; another number is refused. S
 
 
 def help_text() -> str:
-    """All settings for the terminal.
-
-    Returns:
-        Text of at most 120 columns that ends in a newline.
-    """
+    """All settings for the terminal, at most 120 columns wide."""
     parts = [HELP_HEAD]
     for section, summary, settings in _by_section():
         parts.append(f"\n{section}: {summary}\n")
@@ -70,11 +66,7 @@ def help_text() -> str:
 
 
 def markdown_page() -> str:
-    """The page `docs/configuration.md`.
-
-    Returns:
-        Markdown that ends in a newline.
-    """
+    """The page `docs/configuration.md`."""
     parts = [PAGE_HEAD]
     for section, summary, settings in _by_section():
         parts.append(f"\n## {section}\n\n{summary}\n\n| key | value | default | meaning |\n| --- | --- | --- | --- |\n")
@@ -85,14 +77,7 @@ def markdown_page() -> str:
 
 
 def default_text(value: object) -> str:
-    """A default as it would stand in YAML.
-
-    Args:
-        value: The default.
-
-    Returns:
-        The text.
-    """
+    """A default as it would stand in YAML."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

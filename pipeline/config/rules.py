@@ -49,24 +49,38 @@ def _memory_layers(memory_layers: object, num_layers: int | None) -> str | None:
     )
 
 
+def _window(window_tokens: int, tokens: int) -> str | None:
+    if window_tokens <= tokens:
+        return None
+    return (
+        f"memory.window_tokens reaches farther back than memory; got: {window_tokens}; "
+        f"expected: at most memory.tokens {tokens}"
+    )
+
+
+def _faiss(search: str, retrieve_for: str) -> str | None:
+    if search != "faiss" or retrieve_for == "head":
+        return None
+    return (
+        f"memory.search faiss finds chunks for single heads only; got: memory.retrieve_for {retrieve_for}; "
+        "do: set memory.search to torch, or memory.retrieve_for to head"
+    )
+
+
 RULES = (
     _whole_chunks("memory.tokens"),
     _whole_chunks("memory.top_k_tokens"),
+    _whole_chunks("memory.window_tokens"),
     _whole_chunks("train.segment_tokens"),
     Rule(("train.warmup_steps", "train.steps"), _warmup),
     Rule(("sidenet.memory_layers", "sidenet.num_layers"), _memory_layers),
+    Rule(("memory.search", "memory.retrieve_for"), _faiss),
+    Rule(("memory.window_tokens", "memory.tokens"), _window),
 )
 
 
 def rule_problems(values: Mapping[str, Any]) -> list[str]:
-    """Check all rules whose settings are known.
-
-    Args:
-        values: Dotted name to valid value. A rule with a name that is missing here is skipped.
-
-    Returns:
-        One line for each broken rule.
-    """
+    """A line for each broken rule; a rule with a name that is not among the (valid) values is skipped."""
     usable = [rule for rule in RULES if all(name in values for name in rule.fields)]
     found = [rule.problem(*(values[name] for name in rule.fields)) for rule in usable]
     return [problem for problem in found if problem is not None]

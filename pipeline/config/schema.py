@@ -55,6 +55,9 @@ class BackboneConfig(Section):
     """Hugging Face folder or hub name of the pre-trained model."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention of the frozen layers: PyTorch's fused one or plain matrix products."""
+    context_tokens: TokensOrZero = 0
+    """Tokens of a lane before each segment that the backbone reads again with it, so that what is remembered of its
+    first tokens knows what came before. Wants `memory.sink`. 0: each segment is encoded alone (the paper)."""
     deepspeed: Text = "ds_configs/backbone_zero3_inference.json"
     """DeepSpeed JSON of the frozen engine (ZeRO stage 3), relative to the current folder or the repository."""
 
@@ -112,17 +115,6 @@ class TrainConfig(Section):
     deepspeed: Text = "ds_configs/sidenet_zero2.json"
     """DeepSpeed JSON of the training engine (ZeRO stage 2), relative to the current folder or the repository."""
 
-    def tokens_per_step(self, lanes: int) -> int:
-        """Tokens read in one optimizer step by the whole job.
-
-        Args:
-            lanes: Lanes of the whole job.
-
-        Returns:
-            The number of tokens.
-        """
-        return lanes * self.segments_per_step * self.segment_tokens
-
 
 class CheckpointConfig(Section):
     """When training is saved."""
@@ -150,6 +142,9 @@ class EvaluationConfig(Section):
     """Tokens of each document read into memory before any is scored."""
     scored_tokens: Tokens = 1024
     """Tokens scored in each document, after the context."""
+    backbone_window_tokens: TokensOrZero | None = None
+    """The longest ordinary window that the backbone alone is tried with, the rival of memory: tokens are scored with so
+    many before them, or as many as there are. Null: as many as the backbone was made for; 0: it is not tried."""
 
 
 class Config(Section):
@@ -184,6 +179,7 @@ class Config(Section):
         return ModelSettings(
             memory=self.memory,
             sidenet=self.sidenet,
+            context_tokens=self.backbone.context_tokens,
             segment_tokens=train.segment_tokens,
             precision=train.precision,
             loss_piece_tokens=train.loss_piece_tokens,

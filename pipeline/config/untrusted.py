@@ -41,14 +41,7 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it.
-
-    Args:
-        value: Anything that came from outside.
-
-    Returns:
-        Its `repr`, cut where it is long.
-    """
+    """Anything that came from outside as a message shows it: its `repr`, cut where it is long."""
     text = _Short().repr(value)
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
 
@@ -82,18 +75,7 @@ def read_small(path: Path, *, limit: int = SMALL_BYTES, may_be_pipe: bool = Fals
 
 
 def parse_json(text: str, **kwargs: Any) -> Any:
-    """Parses JSON, however deep.
-
-    Args:
-        text: The JSON.
-        **kwargs: As for `json.loads`.
-
-    Returns:
-        Plain Python values.
-
-    Raises:
-        ValueError: It is not JSON, is nested too deep, or holds a number of thousands of digits.
-    """
+    """Parses JSON; ValueError where it is malformed, nested too deep, or holds a number of thousands of digits."""
     try:
         value = json.loads(text, **kwargs)
     except RecursionError:
@@ -108,28 +90,14 @@ def parse_json(text: str, **kwargs: Any) -> Any:
 
 
 def short(text: object) -> str:
-    """A name as a message writes it: as it is, cut where it is long.
-
-    Args:
-        text: Text, or what stands in its place.
-
-    Returns:
-        The text.
-    """
+    """A name as a message writes it: as it is, cut where it is long."""
     if not isinstance(text, str):
         return shown(text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def what_is_wrong(error: ValidationError) -> str:
-    """What pydantic found, in one line.
-
-    Args:
-        error: Its error.
-
-    Returns:
-        Such as `step is 'x' (Input should be a valid integer)`; of many problems the first three.
-    """
+    """What pydantic found, in one line, such as `step is 'x' (Input should be ...)`; the first three problems."""
     problems = []
     for entry in error.errors(include_url=False, include_context=False):
         name = ".".join(str(part) for part in entry["loc"])[:_SHOWN]

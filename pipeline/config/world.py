@@ -1,4 +1,4 @@
-"""How one optimizer step is split over the ranks of a job."""
+"""How an optimizer step, and an evaluation, are split over the ranks of a job."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
+
+PAIRS_AT_ONCE = 2
+"""Pairs of held-out documents that a memory group reads at once: more would make its bank larger and no step much
+faster."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,17 @@ def check_world(config: Config, world_size: int) -> WorldSplit:
     if problems:
         raise ConfigError(problems, source=f"configuration with {world_size} ranks")
     return WorldSplit(world_size, num_groups, lanes // num_groups, segments // group_size)
+
+
+def held_out_lanes(num_documents: int, *, num_groups: int) -> int:
+    """Lanes of a memory group's bank in an evaluation.
+
+    Args:
+        num_documents: Held-out documents, which are dealt to the groups in pairs.
+        num_groups: Memory groups.
+
+    Returns:
+        Documents that a group reads at once, each in a lane of its own.
+    """
+    pairs = -(-num_documents // 2)
+    return min(num_documents, 2) * min(PAIRS_AT_ONCE, -(-pairs // num_groups))

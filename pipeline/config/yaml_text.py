@@ -34,18 +34,7 @@ for _side in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """Parse one YAML document.
-
-    Args:
-        text: The document.
-
-    Returns:
-        Plain Python values.
-
-    Raises:
-        yaml.YAMLError: The text is not YAML, is nested too deep, holds a number of thousands of digits, or a mapping
-            names a key twice.
-    """
+    """Parses one document; YAMLError where it is malformed, nested too deep, or a mapping names a key twice."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
@@ -56,12 +45,5 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """Write plain values so that `read_yaml` gives them back.
-
-    Args:
-        value: Mappings, lists, text, numbers, booleans, None.
-
-    Returns:
-        The YAML text, keys in the order of the mappings.
-    """
+    """Plain values as YAML that `read_yaml` gives back, keys in the order of the mappings."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

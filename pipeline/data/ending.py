@@ -48,14 +48,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def undoing(self, undo: Callable[[], None]) -> Iterator[None]:
-        """Has something undone at the end of the block, or when a signal ends the process in it.
-
-        Args:
-            undo: Undoes it; called from another thread after a signal, while the block still goes on.
-
-        Yields:
-            Nothing.
-        """
+        """Has something undone at the end of the block or, by another thread, when a signal ends the process in it."""
         self._undo.append(undo)
         try:
             yield
@@ -64,11 +57,7 @@ class StopSignals:
             self._undo.remove(undo)
 
     def on_signal(self, undo: Callable[[], None]) -> None:
-        """Has something undone when a signal ends the process, and only then.
-
-        Args:
-            undo: Undoes it.
-        """
+        """Has something undone when a signal ends the process, and only then."""
         self._undo.append(undo)
 
     def too_late(self) -> None:
@@ -159,13 +148,7 @@ def _end_children() -> None:
 
 @contextlib.contextmanager
 def workers_end_with_this_process() -> Iterator[None]:
-    """Processes that this thread forks in the block are killed when this one ends, however it ends, SIGKILL included.
-
-    They leave the signals of a terminal to this process, which ends them.
-
-    Yields:
-        Nothing.
-    """
+    """Processes that this thread forks inside are killed when this one ends, however it ends, SIGKILL included."""
     global _parent
     before, _parent = _parent, (os.getpid(), threading.get_ident())
     try:
@@ -183,7 +166,7 @@ def _end_with_parent() -> None:
     if parent is None:
         return
     signal.set_wakeup_fd(-1)  # or a signal to a worker would be taken for one to the process that started it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent ends its workers itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is how a pool ends its workers
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process, thread = parent

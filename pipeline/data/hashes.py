@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.errors import DataError
+from pipeline.files import hash_file
 
-_BLOCK_BYTES = 1 << 22
 _WRITTEN_ANEW = "put the store back as it was, or prepare the data again with launch/prepare_data.py"
 
 
@@ -37,38 +36,16 @@ class FileHash:
     @classmethod
     def of(cls, path: Path, *, progress: Callable[[int], object] = lambda _: None) -> FileHash:
         """Reads a file; `progress` is told the bytes of each block."""
-        found, size = hashlib.sha256(), 0
-        if not path.is_file():  # opening a pipe would wait for somebody who writes into it
-            raise OSError(errno.EINVAL, "Not a plain file", str(path))
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                found.update(block)
-                size += len(block)
-                progress(len(block))
-        return cls(size, found.hexdigest())
+        return cls(*hash_file(path, progress=progress))
 
 
 def hash_folder(folder: Path) -> dict[str, FileHash]:
-    """Hashes the files of a split.
-
-    Args:
-        folder: The split's folder.
-
-    Returns:
-        By name.
-    """
+    """The files of a split's folder, by name."""
     return {path.name: FileHash.of(path) for path in sorted(folder.iterdir())}
 
 
 def hash_tokens(column: pa.ChunkedArray) -> str:
-    """Says which tokens documents have, however the files that hold them are cut.
-
-    Args:
-        column: Documents, `list<int32>`.
-
-    Returns:
-        SHA-256 of all lengths, then of all tokens: 64 hexadecimal digits.
-    """
+    """SHA-256 of all lengths, then all tokens of documents (`list<int32>`), however their files are cut."""
     found = hashlib.sha256()
     for chunk in column.chunks:
         found.update(np.diff(chunk.offsets.to_numpy()).astype("<i8").tobytes())
@@ -78,31 +55,14 @@ def hash_tokens(column: pa.ChunkedArray) -> str:
 
 
 def check_sizes(folder: Path, files: Mapping[str, FileHash]) -> None:
-    """Checks what can be seen without reading.
-
-    Args:
-        folder: A split's folder.
-        files: What its files were when they were written.
-
-    Raises:
-        DataError: A file is missing or has another size.
-    """
+    """Checks what can be seen without reading. Raises DataError: a file of a split is missing or has another size."""
     _raise_if(
         folder, [name for name, file in files.items() if _size(folder / name) != file.size], "size, or is missing"
     )
 
 
 def check_hashes(folder: Path, files: Mapping[str, FileHash], *, progress: Callable[[int], object]) -> None:
-    """Reads all files of a split.
-
-    Args:
-        folder: As `check_sizes`.
-        files: As `check_sizes`.
-        progress: Told the bytes that were read, block by block.
-
-    Raises:
-        DataError: A file cannot be read, or has another content than when it was written.
-    """
+    """Reads all files of a split; `progress` is told the bytes. Raises DataError: one is altered, or cannot be read."""
     altered = []
     for name, file in files.items():
         try:

@@ -12,14 +12,13 @@ from pipeline.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def held_out_documents(store: TokenStore, *, count: int, min_tokens: int, seed: int = 0) -> list[int]:
-    """Choose documents that are long enough; the same for the same store and seed, and more keeps those of fewer.
+def held_out_documents(store: TokenStore, *, count: int, min_tokens: int) -> list[int]:
+    """Choose documents that are long enough; the same for the same store, and more keeps those of fewer.
 
     Args:
         store: The validation split.
         count: Number of documents wanted; with fewer long enough, all of those, and a warning.
         min_tokens: Tokens that a document must have: evaluation.context_tokens plus evaluation.scored_tokens.
-        seed: Seed of the choice.
 
     Returns:
         Document numbers, ascending.
@@ -27,7 +26,7 @@ def held_out_documents(store: TokenStore, *, count: int, min_tokens: int, seed: 
     Raises:
         DataError: No document is long enough.
     """
-    shuffled = np.random.default_rng(seed).permutation(store.num_documents)
+    shuffled = np.random.default_rng(0).permutation(store.num_documents)
     chosen = shuffled[store.lengths[shuffled] >= min_tokens][:count]
     if len(chosen) == 0:
         raise DataError(

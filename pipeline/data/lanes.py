@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,19 +36,17 @@ class Segment:
         tokens: int64 ``[B, T]``.
         targets: The token after each, int64 ``[B, T]``; -100 at the last token of a document.
         documents: Which reading of a document a token belongs to, int64 ``[B, T]``; unique over lanes and epochs.
-        document_positions: Position in that document, from 0, int64 ``[B, T]``.
+        context_tokens: The tokens before them, int64 ``[B, n]``: as many as were asked for, or as there are.
+        context_documents: Their documents, int64 ``[B, n]``.
         start: Lane position of the first token; the same for all lanes.
-        index: Number of the segment, from 0.
-        lanes: Numbers of the B lanes.
     """
 
     tokens: Int64Array
     targets: Int64Array
     documents: Int64Array
-    document_positions: Int64Array
+    context_tokens: Int64Array
+    context_documents: Int64Array
     start: int
-    index: int
-    lanes: tuple[int, ...]
 
 
 def deal(lengths: npt.ArrayLike, *, num_lanes: int, seed: int) -> list[Int64Array]:
@@ -87,13 +85,21 @@ class Lanes:
         lanes: Numbers of the lanes to read, in row order.
         segment_tokens: Tokens of a segment.
         seed: Seed of the deal and of the order of documents in every epoch.
+        context_tokens: Tokens before each segment that are given with it.
 
     Raises:
         DataError: There are more lanes than documents.
     """
 
     def __init__(
-        self, source: TokenSource, *, num_lanes: int, lanes: Sequence[int], segment_tokens: int, seed: int
+        self,
+        source: TokenSource,
+        *,
+        num_lanes: int,
+        lanes: Sequence[int],
+        segment_tokens: int,
+        seed: int,
+        context_tokens: int = 0,
     ) -> None:
         self.lanes = tuple(lanes)
         assert self.lanes, "there must be a lane to read"
@@ -101,7 +107,7 @@ class Lanes:
         assert segment_tokens >= 1
         dealt = deal(source.lengths, num_lanes=num_lanes, seed=seed)
         self._rows = [_Lane(source, lane, num_lanes=num_lanes, documents=dealt[lane], seed=seed) for lane in self.lanes]
-        self._segment_tokens = segment_tokens
+        self._segment_tokens, self._context_tokens = segment_tokens, context_tokens
         self._index = 0
         self._fingerprint = {
             "num_lanes": num_lanes,
@@ -112,20 +118,24 @@ class Lanes:
 
     def next_segment(self) -> Segment:
         """The next segment of every lane; there is no end, epoch follows epoch."""
-        shape = (len(self._rows), self._segment_tokens)
-        segment = Segment(
-            tokens=np.empty(shape, dtype=np.int64),
-            targets=np.empty(shape, dtype=np.int64),
-            documents=np.empty(shape, dtype=np.int64),
-            document_positions=np.empty(shape, dtype=np.int64),
-            start=self._index * self._segment_tokens,
-            index=self._index,
-            lanes=self.lanes,
-        )
+        start = self._index * self._segment_tokens
+        before = min(self._context_tokens, start)
+        shape = (len(self._rows), before + self._segment_tokens)
+        read = _Tokens(*(np.empty(shape, dtype=np.int64) for _ in range(3)))
         for row, lane in enumerate(self._rows):
-            lane.read_into(segment, row)
+            if before:
+                lane.skip(-before)
+            lane.read_into(read, row)
         self._index += 1
-        return segment
+        tokens, targets, documents = (array[:, before:] for array in read)
+        return Segment(
+            tokens=tokens,
+            targets=targets,
+            documents=documents,
+            context_tokens=read.tokens[:, :before],
+            context_documents=read.documents[:, :before],
+            start=start,
+        )
 
     @property
     def index(self) -> int:
@@ -133,15 +143,7 @@ class Lanes:
         return self._index
 
     def next_of_group(self, rank: int, size: int) -> Segment:
-        """One rank's segment of the next ones, which its memory group reads together; the others' are passed over.
-
-        Args:
-            rank: The rank's number in its group.
-            size: Ranks of the group.
-
-        Returns:
-            The segment; afterwards the lanes stand behind those of all ranks.
-        """
+        """The segment of one rank of a memory group of `size`; afterwards the lanes stand behind those of all ranks."""
         self.skip(rank)
         segment = self.next_segment()
         self.skip(size - 1 - rank)
@@ -188,6 +190,14 @@ class Lanes:
         self._index = index
 
 
+class _Tokens(NamedTuple):
+    """Rows of consecutive tokens, as in `Segment`."""
+
+    tokens: Int64Array
+    targets: Int64Array
+    documents: Int64Array
+
+
 class _Lane:
     """One endless row: its documents in a new order each epoch, and a mark of what is read next.
 
@@ -206,8 +216,8 @@ class _Lane:
         self._epoch = -1
         self._order = documents
 
-    def read_into(self, segment: Segment, row: int) -> None:
-        """Fill one row of a segment and move the mark behind it."""
+    def read_into(self, segment: _Tokens, row: int) -> None:
+        """Fill one row and move the mark behind it."""
         filled, wanted = 0, segment.tokens.shape[1]
         while filled < wanted:
             document = self._document()
@@ -220,7 +230,6 @@ class _Lane:
             segment.targets[row, here] = IGNORED_TARGET
             segment.targets[row, filled : filled + len(piece) - 1] = piece[1:]
             segment.documents[row, here] = self.ordinal * self._num_lanes + self.number
-            segment.document_positions[row, here] = np.arange(self.offset, self.offset + taken)
             filled += taken
             self.offset += taken
             if self.offset == length:
@@ -237,15 +246,7 @@ class _Lane:
         self.seek((epoch + epochs) * len(self._documents) + place, target - begin)
 
     def seek(self, ordinal: int, offset: int) -> None:
-        """Put the mark on a token of a document.
-
-        Args:
-            ordinal: Number of the document, counted over all epochs.
-            offset: Position of the token in it.
-
-        Raises:
-            DataError: There is no such token.
-        """
+        """Put the mark on a token of a document, counted over all epochs. Raises DataError: there is no such token."""
         self.ordinal, self.offset = ordinal, offset
         if ordinal < 0 or not 0 <= offset < self._source.lengths[self._document()]:
             raise DataError(
@@ -267,16 +268,7 @@ class _Lane:
 
 
 def check_documents(source: TokenSource, *, chunk_size: int, num_lanes: int) -> None:
-    """Check before training that the documents suit the memory and the lanes.
-
-    Args:
-        source: The training documents.
-        chunk_size: memory.chunk_size.
-        num_lanes: data.lanes.
-
-    Raises:
-        DataError: A document is shorter than a chunk, or there are more lanes than documents.
-    """
+    """Raises DataError if a document is shorter than a chunk of memory, or there are fewer documents than lanes."""
     num_short = int((source.lengths < chunk_size).sum())
     if num_short:
         raise DataError(

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from multiprocess.util import get_temp_dir
 
 from pipeline.data.ending import StopSignals, workers_end_with_this_process
 from pipeline.data.files import find_files
+from pipeline.data.info import StoreInfo
 from pipeline.data.inputs import read_documents
 from pipeline.data.place import agree, publish, work_folder
 from pipeline.data.room import check_room, system_errors_in_words
-from pipeline.data.store import STORE_FEATURES, StoreInfo, list_lengths, write_store
+from pipeline.data.store import STORE_FEATURES, list_lengths, write_store
 from pipeline.data.text import home, readable
 from pipeline.data.tokenizer import describe_tokenizer, load_tokenizer
 from pipeline.errors import DataError
@@ -243,7 +243,7 @@ def _tokenize_batch(
 
 
 def _drop_short(split: str, rows: datasets.Dataset, min_tokens: int) -> tuple[datasets.Dataset, Dropped]:
-    lengths = _lengths(rows)
+    lengths = list_lengths(rows.data.column("tokens"))
     kept = np.flatnonzero(lengths >= max(min_tokens, 1))
     if len(kept) == 0:
         raise DataError(
@@ -254,10 +254,6 @@ def _drop_short(split: str, rows: datasets.Dataset, min_tokens: int) -> tuple[da
         )
     num_empty = int((lengths == 0).sum())
     return rows.select(kept), Dropped(empty=num_empty, short=len(lengths) - len(kept) - num_empty)
-
-
-def _lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
-    return list_lengths(rows.data.column("tokens"))
 
 
 def _check_held_out_count(count: int, *, num_documents: int) -> None:

@@ -16,16 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.hashes import check_hashes, check_sizes, hash_folder, hash_tokens
-from pipeline.data.info import FORMAT_VERSION, INFO_FILE, PREPARE, SplitInfo, StoreInfo, is_store, read_info, write_info
+from pipeline.data.info import FORMAT_VERSION, INFO_FILE, PREPARE, SplitInfo, StoreInfo, read_info, write_info
 from pipeline.data.text import home
-from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer, tokenizer_identity
-from pipeline.errors import DataError
+from pipeline.data.tokenizer import TokenizerInfo, describe_tokenizer
+from pipeline.errors import DataError, in_a_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["FORMAT_VERSION", "SplitInfo", "StoreInfo", "TokenStore", "add_hashes", "check_tokenizer", "is_store"]
-__all__ += ["STORE_FEATURES", "list_lengths", "tokenizer_identity", "write_store"]
 
 STORE_FEATURES = datasets.Features(tokens=datasets.List(datasets.Value("int32")), source=datasets.Value("string"))
 
@@ -92,9 +89,10 @@ class TokenStore:
                 raise ValueError(f"tokens are {table.schema.field('tokens').type}, not lists of int32")
             tokens, sources = table.column("tokens"), table.column("source")
         except Exception as error:  # `datasets` raises whatever a foreign file leads it to
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(
-                "the token store is damaged: a split cannot be read", got=f"{path / split} ({words})", do=PREPARE
+                "the token store is damaged: a split cannot be read",
+                got=f"{path / split} ({in_a_line(error)})",
+                do=PREPARE,
             ) from error
         store = cls(path, split, info=info, column=tokens, sources=sources)
         store._check_counts()
@@ -172,14 +170,7 @@ class TokenStore:
         return sum(file.size for file in self.info.splits[self.split].files.values())
 
     def verify(self, *, progress: Callable[[int], object] = lambda _: None) -> None:
-        """Read all files and check that they are what was written. Files of a store made without hashes are not read.
-
-        Args:
-            progress: Told the bytes that were read, block by block.
-
-        Raises:
-            DataError: A file was altered, or cannot be read.
-        """
+        """Read all files that have hashes, telling `progress` the bytes. Raises DataError: one was altered."""
         check_hashes(self.path / self.split, self.info.splits[self.split].files, progress=progress)
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
@@ -256,26 +247,13 @@ def _describe(split: Path) -> SplitInfo:
     return replace(_count(list_lengths(column)), tokens_sha256=hash_tokens(column), files=hash_folder(split))
 
 
-def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase | str) -> None:
-    """Check that a tokenizer is the one that made the store.
-
-    Args:
-        store: The open store.
-        tokenizer: The tokenizer, usually the backbone's, or its identity.
-
-    Raises:
-        DataError: It is another tokenizer; the message names both.
-    """
-    made_by = store.info.tokenizer
-    if isinstance(tokenizer, str):
-        identity, name = tokenizer, "a tokenizer"
-    else:
-        described = describe_tokenizer(tokenizer)
-        identity, name = described.identity, f"{described.name!r} with {described.vocab_size} ids"
-    if identity != made_by.identity:
+def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer, usually the backbone's, made the store. Raises DataError, which names both, if not."""
+    found, made_by = describe_tokenizer(tokenizer), store.info.tokenizer
+    if found.identity != made_by.identity:
         raise DataError(
             f"the token store {store.path} was made with another tokenizer",
-            got=f"{name}, identity {identity[:12]}",
+            got=f"{found.name!r} with {found.vocab_size} ids, identity {found.identity[:12]}",
             expected=f"{made_by.name!r} with {made_by.vocab_size} ids, identity {made_by.identity[:12]}",
             do="prepare the data again with --tokenizer set to the backbone, or change backbone.path",
         )

@@ -16,12 +16,14 @@ class MemoryGroup:
 
     Attributes:
         number: Which group, from 0.
+        num_groups: Groups of the job.
         rank: This rank's number in it.
         size: `G`.
         process_group: For its collectives; None for a group of one.
     """
 
     number: int
+    num_groups: int
     rank: int
     size: int
     process_group: dist.ProcessGroup | None
@@ -48,4 +50,4 @@ class MemoryGroup:
                 made = dist.new_group(members, timeout=limit, backend="gloo" if on_host else None)
                 if rank() in members:
                     own = made
-        return cls(rank() // size, rank() % size, size, own)
+        return cls(rank() // size, world_size() // size, rank() % size, size, own)

@@ -19,39 +19,18 @@ _FIRST_PORT, _NUM_PORTS = 15000, 15000  # below those that Linux gives to client
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
-    """The number of this process on its machine, known before the job is joined.
-
-    Args:
-        environment: The process's environment.
-
-    Returns:
-        The number; 0 without a launcher.
-    """
+    """The number of this process on its machine, known before the job is joined; 0 without a launcher."""
     return next((int(environment[name]) for name in _LOCAL_RANKS if name in environment), 0)
 
 
 def local_size(environment: Mapping[str, str]) -> int:
-    """How many ranks this machine has.
-
-    Args:
-        environment: The process's environment.
-
-    Returns:
-        What a launcher says; 1 where none says it.
-    """
+    """How many ranks this machine has, by its launcher's word; 1 where none says it."""
     said = (environment.get(name, "") for name in _LOCAL_SIZES)
     return next((int(text) for text in said if text.isdecimal() and int(text) > 0), 1)
 
 
 def is_started_by_mpi(environment: Mapping[str, str]) -> bool:
-    """Whether MPI can be asked who this process is.
-
-    Args:
-        environment: The process's environment.
-
-    Returns:
-        Whether mpirun, or an srun that speaks PMI, started it.
-    """
+    """Whether MPI can be asked who this process is: mpirun, or an srun that speaks PMI, started it."""
     return any(name in environment for name in _MPI_RANKS)
 
 
@@ -84,13 +63,6 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of nodes in SLURM's short form.
-
-    Args:
-        nodes: Such as `n1`, `n[01-16,20]` or `r[1-2]n[1-4],login`.
-
-    Returns:
-        The host's name.
-    """
+    """The first of a list of nodes in SLURM's short form, such as `n1`, `n[01-16,20]` or `r[1-2]n[1-4],login`."""
     # One expression instead of `scontrol show hostnames`, which containers do not have.
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])

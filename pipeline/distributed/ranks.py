@@ -23,25 +23,13 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for every rank.
-
-    Collective: every rank must call it.
-    """
+    """Waits for every rank. Collective: every rank must call it."""
     if world_size() > 1:
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
-    """Collects a small value of every rank.
-
-    Collective: every rank must call it.
-
-    Args:
-        value: Anything that pickles.
-
-    Returns:
-        One value a rank, in rank order.
-    """
+def gather_objects(value: Any) -> list[Any]:
+    """One value a rank, in rank order, of anything that pickles. Collective: every rank must call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -70,7 +58,7 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except (LongMemError, OSError) as caught:
         error = caught
-    reports = gather(None if error is None else f"{type(error).__name__}: {error}")
+    reports = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     failed = [number for number, report in enumerate(reports) if report is not None]
     if not failed:
         return result  # type: ignore[return-value]
@@ -83,13 +71,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def on_rank_zero(work: Callable[[], None]) -> None:
-    """Runs something on rank 0 only; if it fails, every rank fails.
-
-    Collective: every rank must call it, and none goes on before rank 0 is done.
-
-    Args:
-        work: What to run.
-    """
+    """Runs something on rank 0; if it fails, every rank fails. Collective: all wait until rank 0 is done."""
     together(work if rank() == 0 else lambda: None)
 
 
@@ -105,7 +87,7 @@ def check_agreement(name: str, value: Any) -> None:
     Raises:
         TrainingError: The ranks disagree; names those that differ from rank 0.
     """
-    values = gather(value)
+    values = gather_objects(value)
     other = [number for number, found in enumerate(values) if found != values[0]]
     if other:
         error = TrainingError(

@@ -76,11 +76,7 @@ class Signals:
         self._in_steps = True
 
     def heeded(self, asked: str) -> None:
-        """What was asked for has been done, and the run goes on.
-
-        Args:
-            asked: What; another wish that came meanwhile stays.
-        """
+        """What was asked for has been done, and the run goes on; another wish that came meanwhile stays."""
         if self._asked == asked:
             self._asked = None
 
@@ -89,19 +85,11 @@ class Signals:
         self._is_over = True
 
     def before_end(self, tell: Callable[[str], None]) -> None:
-        """Has something done before a signal ends this process at once.
-
-        Args:
-            tell: Given the reason; may take some seconds at most.
-        """
+        """Has `tell` called, with the reason, before a signal ends this process at once; it may take seconds."""
         self._before_end.append(tell)
 
     def unless(self, ends_anyway: Callable[[], bool]) -> None:
-        """Lets a process that has failed say why. A launcher that sees one rank end sends signals to the others.
-
-        Args:
-            ends_anyway: Whether the process is about to end by itself, and certainly will.
-        """
+        """Signals do nothing while `ends_anyway`: a launcher that sees one rank fail sends them to the others."""
         self._ends_anyway = ends_anyway
 
     def __enter__(self) -> Signals:
@@ -174,11 +162,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def launchers() -> Sequence[psutil.Process]:
-    """The launchers above this process: without them it is an orphan that nobody stops.
-
-    Returns:
-        The nearest ancestors, as far as they are launchers of DeepSpeed or torch.
-    """
+    """The nearest ancestors that are launchers of DeepSpeed or torch: without them this is an orphan nobody stops."""
     found = []
     for parent in psutil.Process().parents():
         try:

@@ -72,74 +72,37 @@ class Signs:
         self._store, self._rank, self._lock = dist.PrefixStore(prefix, server), rank, threading.Lock()
 
     def at(self, place: str) -> None:
-        """Says where this rank is.
-
-        Args:
-            place: Such as `step 12`.
-        """
+        """Says where this rank is, such as `step 12`."""
         with self._lock:
             self._store.set(f"at/{self._rank}", place)
 
     def beat(self, beat: str) -> None:
-        """Gives a sign of life.
-
-        Args:
-            beat: Another one each time.
-        """
+        """Gives a sign of life: another text each time."""
         with self._lock:
             self._store.set(f"beat/{self._rank}", beat)
 
     def report(self, report: Report) -> None:
-        """Tells all ranks of something that went wrong.
-
-        Args:
-            report: What.
-        """
+        """Tells all ranks of something that went wrong."""
         with self._lock:
             self._store.append("reports", json.dumps(asdict(report)) + "\n")  # type: ignore[attr-defined]
             self._store.set("alarm", "yes")
 
     def reports(self) -> list[Report]:
-        """Asks what went wrong.
-
-        Returns:
-            All reports so far, oldest first.
-        """
+        """Asks what went wrong: all reports so far, oldest first."""
         with self._lock:
             lines = self._store.get("reports").decode().splitlines() if self._store.check(["alarm"]) else []
         return [Report(**json.loads(line)) for line in lines]
 
     def beats(self, ranks: Sequence[int]) -> dict[int, bytes]:
-        """Asks for signs of life.
-
-        Args:
-            ranks: Whose; each has given one before.
-
-        Returns:
-            Rank to its newest beat.
-        """
+        """Asks for the newest beats of ranks, each of which has given one before."""
         return self._get("beat", ranks)
 
     def places(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Asks where ranks are.
-
-        Args:
-            ranks: Which; each has said it before.
-
-        Returns:
-            Rank to its place.
-        """
+        """Asks where ranks are, each of which has said it before."""
         return {rank: place.decode() for rank, place in self._get("at", ranks).items()}
 
     def hear(self, times: int) -> int:
-        """Counts the ranks that know of a report; asks.
-
-        Args:
-            times: 1 to be counted, 0 only to ask.
-
-        Returns:
-            Their number.
-        """
+        """Asks how many ranks know of a report; `times` is 1 to be counted among them, 0 only to ask."""
         with self._lock:
             return int(self._store.add("heard", times))
 

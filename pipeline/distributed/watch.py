@@ -51,14 +51,7 @@ class TimeLimits:
 
     @classmethod
     def of(cls, timeout_s: float) -> TimeLimits:
-        """Divides a time-out.
-
-        Args:
-            timeout_s: `run.collective_timeout_s`.
-
-        Returns:
-            The limits.
-        """
+        """Divides `run.collective_timeout_s`."""
         grace = min(10.0, timeout_s / 4)
         return cls(timeout_s - 2 * grace, timeout_s / 2, grace, min(0.5, timeout_s / 40))
 
@@ -109,11 +102,7 @@ class Watch:
         return bool(self._reports) and not self._stopped.is_set()
 
     def at(self, place: str) -> None:
-        """Leaves a sign.
-
-        Args:
-            place: Where this rank is, such as `step 12`.
-        """
+        """Leaves a sign of where this rank is, such as `step 12`."""
         self._place = place
         if self._signs is not None:
             self._tell(lambda signs: signs.at(place))
@@ -125,21 +114,15 @@ class Watch:
             self._tell(lambda signs: signs.beat(DONE.decode()))
 
     def close(self) -> None:
-        """Stops watching, and waits for its threads.
-
-        One that is in the store's C++ code when the interpreter ends brings the process down ("terminate called without
-        an active exception"), after a good end as after any other.
-        """
+        """Stops watching, and waits for its threads."""
         self.stop()
+        # One that is in the store's C++ code when the interpreter ends brings the process down ("terminate called
+        # without an active exception"), after a good end as after any other.
         for thread in self._threads:
             thread.join(self.limits.grace_s)
 
     def end_all(self, words: str) -> None:
-        """Has every rank stopped at once, without saving; this one's caller ends it after that.
-
-        Args:
-            words: Why.
-        """
+        """Has every rank stopped at once, without saving; the caller then ends this one."""
         if self._signs is None:
             return
         self._tell(lambda signs: signs.report(Report(rank(), "stopped", self._place, words)))

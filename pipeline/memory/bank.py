@@ -15,6 +15,7 @@ from torch import Tensor
 
 EMPTY = -1  # position and document of a slot that holds nothing
 MIXED = -2  # document of a chunk whose tokens belong to several documents: invisible under scope `document`
+_LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class MemoryBank:
         """Writes one segment of every lane over the oldest chunks; nothing else moves.
 
         Args:
-            memory: Keys and values `[B, Hkv, T, D]` of each memory layer, any floating dtype; `T` a multiple of `c`.
+            memory: Keys and values `[B, Hkv, T, D]` of each memory layer, any floating dtype; `T` a multiple of `c`. In
+                a bank of fp16 a number beyond 65,504 is stored as that.
             start: Lane position of the segment's first token; not before the end of what is stored.
             documents: Document of each token, int64 `[B, T]`, not negative.
 
@@ -159,6 +161,8 @@ class MemoryBank:
         tokens = slice(chunks.start * size, chunks.stop * size)
         for store, (key, value) in zip(self.layers, memory, strict=True):
             for target, source in ((store.keys, key), (store.values, value)):
+                if self.dtype == torch.float16:  # whose largest number is 65,504: what is larger stays the largest
+                    source = source.clamp(-_LARGEST_FP16, _LARGEST_FP16)
                 chunked = source[:, :, tokens].unflatten(2, (-1, size)).transpose(0, 1)  # [Hkv, B, chunks, c, D]
                 target[:, :, slots].copy_(chunked)
             # The mean of what is stored, not of what came: a reader can recompute it from the bank.
@@ -171,54 +175,40 @@ class MemoryBank:
         same = (chunked == chunked[..., :1]).all(dim=-1)
         self.documents[:, slots] = torch.where(same, chunked[..., 0], MIXED)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The filled part of the bank, for a checkpoint.
+    def filled(self) -> Tensor:
+        """Slots that hold something, the oldest chunk's first, int64 `[F]` on the host."""
+        oldest_first = np.argsort(self.positions)  # empty slots before all others
+        return torch.from_numpy(oldest_first[self.shape.num_chunks - self.num_filled :])
 
-        Returns:
-            `slots` and `positions` `[F]`, `documents` `[B, F]` (int64), `num_chunks` (`C`), `next_slot`, and for each
-            layer `i` `keys.i`, `values.i` `[Hkv, B, F, c, D]`, on the host, for the `F` filled slots; chunk keys are
-            recomputed.
-        """
-        filled = torch.from_numpy(np.flatnonzero(self.positions != EMPTY))
-        slots = filled.to(self.device)
-        state = {
-            "slots": filled,
-            "num_chunks": torch.tensor(self.shape.num_chunks),
-            "next_slot": torch.tensor(self.next_slot),
-            "positions": torch.from_numpy(self.positions)[filled],
-            "documents": self.documents[:, slots].cpu(),
-        }
-        for index, store in enumerate(self.layers):
-            state[f"keys.{index}"] = store.keys[:, :, slots].cpu().contiguous()
-            state[f"values.{index}"] = store.values[:, :, slots].cpu().contiguous()
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Puts back what `state_dict` returned.
+    def label(self, positions: Tensor, documents: Tensor, *, slots: Tensor, next_slot: int) -> None:
+        """Forgets everything, and says what slots hold from now on: `put` writes it there.
 
         Args:
-            state: The state of a bank of the same shape and dtype.
-
-        Raises:
-            ValueError: The state belongs to a bank of another shape or dtype.
+            positions: Lane position of each chunk, int64 `[F]` on the host.
+            documents: Documents, int64 `[B, F]`.
+            slots: Where the chunks are kept, int64 `[F]` on the host, no slot twice.
+            next_slot: Where the next chunk is written.
         """
-        shape = self.shape
-        rings = (shape.num_kv_heads, shape.num_lanes, len(state["slots"]), shape.chunk_size, shape.head_dim)
-        names = {f"{kind}.{index}" for kind in ("keys", "values") for index in range(shape.num_layers)}
-        found = {name for name in state if "." in name}
-        fits = found == names and int(state["num_chunks"]) == shape.num_chunks
-        if not fits or any(state[n].shape != rings or state[n].dtype != self.dtype for n in names):
-            raise ValueError(f"the stored memory does not fit a bank of {shape} in {self.dtype}")
-        self.reset()
-        slots = state["slots"].to(self.device)
-        self.positions[state["slots"].numpy()] = state["positions"].numpy()
-        self.documents[:, slots] = state["documents"].to(self.device)
-        self.next_slot = int(state["next_slot"])
-        for index, store in enumerate(self.layers):
-            store.keys[:, :, slots] = state[f"keys.{index}"].to(self.device)
-            store.values[:, :, slots] = state[f"values.{index}"].to(self.device)
-            store.chunk_keys[:, :, slots] = _chunk_keys(store.keys[:, :, slots])
+        self.reset(next_slot=next_slot)
+        self.positions[slots.numpy()] = positions.numpy()
+        self.documents[:, slots.to(self.device)] = documents.to(self.device)
+
+    @torch.no_grad()
+    def put(self, index: int, keys: Tensor, values: Tensor, *, lanes: Tensor, slots: Tensor) -> None:
+        """Writes chunks of some lanes into slots; `label` says which chunks they are.
+
+        Args:
+            index: Index of the memory layer.
+            keys: In the bank's dtype, `[Hkv, lanes, slots, c, D]`.
+            values: The same.
+            lanes: Which lanes, int64.
+            slots: Which slots, int64.
+        """
+        store, keys = self.layers[index], keys.to(self.device)
+        lanes, slots = lanes.to(self.device)[:, None], slots.to(self.device)
+        store.keys[:, lanes, slots] = keys
+        store.values[:, lanes, slots] = values.to(self.device)
+        store.chunk_keys[:, lanes, slots] = _chunk_keys(keys)
 
 
 def _chunk_keys(keys: Tensor) -> Tensor:

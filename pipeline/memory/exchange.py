@@ -155,3 +155,8 @@ class RankGroup:
             return list(received.split(list(rows)))
 
         return wait
+
+
+def exchange_of(group: dist.ProcessGroup | None) -> Exchange:
+    """An exchange, with counters of its own, of the ranks of a process group; None: of this rank alone."""
+    return Alone() if group is None else RankGroup(group)

@@ -49,20 +49,32 @@ class Turn:
         """Which chunks at these lane positions, int64, are this rank's: bool, of the same shape."""
         return positions // self.segment_tokens % self.size == self.rank
 
-    def slots(self, positions: Tensor, *, chunk_size: int, num_chunks: int) -> Tensor:
-        """The slots of chunks.
+    def num_before(self, positions: Tensor, *, chunk_size: int) -> Tensor:
+        """How many chunks of a lane this rank keeps of all that lies before places in it.
 
         Args:
-            positions: Lane positions in the rank's own segments, int64.
+            positions: Lane positions, int64; anybody's.
+            chunk_size: `c`.
+
+        Returns:
+            int64, of the same shape.
+        """
+        tokens, turns = self.segment_tokens, self.segment_tokens * self.size
+        own = positions // turns * tokens + (positions % turns - self.rank * tokens).clamp(0, tokens)
+        return own // chunk_size
+
+    def slots(self, positions: Tensor, *, chunk_size: int, num_chunks: int) -> Tensor:
+        """The slots of this rank's chunks at places in a lane; for any other place the slot of the next one.
+
+        Args:
+            positions: Lane positions, int64.
             chunk_size: `c`.
             num_chunks: Chunks of the ring.
 
         Returns:
             int64, of the same shape.
         """
-        segments = positions // self.segment_tokens // self.size
-        before = (segments * self.segment_tokens + positions % self.segment_tokens) // chunk_size
-        return before % num_chunks
+        return self.num_before(positions, chunk_size=chunk_size) % num_chunks
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
-"""Exact search: each query's best chunks by `q . mean(keys of the chunk)`.
+"""Exact search: each unit's best chunks by `q . mean(keys of the chunk)`, the best of its queries' scores.
 
-Shapes as in `pipeline.memory.view`; `s` slots of a run.
+Shapes as in `pipeline.memory.layer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.memory.scores import chosen_scores, rounding_bound, run_scores
-from pipeline.memory.view import MemoryView, Queries, Run, at_once
+from pipeline.memory.layer import LayerView, Queries
+from pipeline.memory.segment import Run, at_once
 
 NOTHING = float("-inf")
 MARGIN = 8  # candidates beyond the k-th whose scores are worked out again
@@ -26,8 +26,8 @@ class Retrieved:
     """The chunks that each query reads.
 
     Attributes:
-        keys: What chunks are chosen by, larger is better, int64 `[Hkv, R, N, k']` with `k' <= k`: the float32 score in
-            the upper half, the slot's order (`MemoryView.slot_order`) in the lower. No two chunks of a memory layer
+        keys: What chunks are chosen by, larger is better, int64 `[Hkv, P, U, k']` with `k' <= k`: the float32 score in
+            the upper half, the slot's order (`SegmentView.slot_order`) in the lower. No two chunks of a memory layer
             have the same key for a query, so that equal scores are decided alike however the memory is split.
         slots: int64, same shape; meaningless where nothing was found.
     """
@@ -37,13 +37,13 @@ class Retrieved:
 
     @property
     def scores(self) -> Tensor:
-        """Scores, float32 `[Hkv, R, N, k']`; `-inf` where fewer chunks are visible."""
+        """Scores, float32 `[Hkv, P, U, k']`; `-inf` where fewer chunks are visible."""
         upper = self.keys >> _LOW_BITS
         return torch.where(upper < 0, upper ^ _FLIP, upper).to(torch.int32).view(torch.float32)
 
     @property
     def valid(self) -> Tensor:
-        """Which entries hold a chunk, bool `[Hkv, R, N, k']`."""
+        """Which entries hold a chunk, bool `[Hkv, P, U, k']`."""
         return self.scores != NOTHING
 
     def padded(self, k: int) -> Retrieved:
@@ -79,7 +79,7 @@ def sort_keys(scores: Tensor, order: Tensor) -> Tensor:
 EMPTY_KEY = int(sort_keys(torch.tensor(NOTHING), torch.tensor(0)))
 
 
-def search(view: MemoryView, queries: Queries) -> Retrieved:
+def search(view: LayerView, queries: Queries) -> Retrieved:
     """Finds the best visible chunks of every query.
 
     Args:
@@ -92,16 +92,16 @@ def search(view: MemoryView, queries: Queries) -> Retrieved:
     Source:
         Wang et al. 2023, section 2.3 (token-to-chunk retrieval).
     """
-    backend: Callable[[MemoryView, Queries, Run], Retrieved] = _with_torch
-    if view.settings.search == "faiss":
+    backend: Callable[[LayerView, Queries, Run], Retrieved] = _with_torch
+    if view.segment.settings.search == "faiss":
         backend = _with_faiss
     best: Retrieved | None = None
-    for run in view.runs:
+    for run in view.segment.runs:
         # Near runs hold few slots, each with its own distance to each query: no index helps there.
         found = _with_torch(view, queries, run) if run.near else backend(view, queries, run)
-        best = found if best is None else _best_of(best, found, view.settings.top_k_chunks)
+        best = found if best is None else _best_of(best, found, view.segment.settings.top_k_chunks)
     if best is None:
-        empty = queries.far[..., :0].long()
+        empty = queries.far[..., 0, :0].long()
         return Retrieved(empty, empty)
     return best
 
@@ -112,25 +112,26 @@ def _best_of(first: Retrieved, second: Retrieved, k: int) -> Retrieved:
     return Retrieved(top.values, torch.cat([first.slots, second.slots], dim=-1).gather(-1, top.indices))
 
 
-def numbers_of_search(num_slots: int, *, k: int, dim: int) -> int:
-    """Temporary numbers of one query's search: scores, and candidates whose scores are worked out again.
+def numbers_of_search(num_slots: int, *, k: int, unit: Sequence[int]) -> int:
+    """Temporary numbers of one unit's search: scores, and candidates whose scores are worked out again.
 
     Args:
         num_slots: Slots of a run.
         k: Chunks wanted.
-        dim: `D`.
+        unit: `u` and `D`.
 
     Returns:
         How many.
     """
-    return num_slots + min(k + MARGIN, num_slots) * 2 * dim
+    num_queries, dim = unit
+    return num_queries * num_slots + min(k + MARGIN, num_slots) * 2 * dim
 
 
-def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
-    bound = rounding_bound(view, queries)
+def _with_torch(view: LayerView, queries: Queries, run: Run) -> Retrieved:
+    bound = view.rounding_bound(queries)
     num_kv_heads, num_slots = len(bound), run.stop - run.start
-    of_a_query = numbers_of_search(num_slots, k=view.settings.top_k_chunks, dim=queries.far.shape[-1])
-    step = at_once(num_kv_heads, bound[0].numel() * of_a_query, device=view.device.type)
+    of_a_unit = numbers_of_search(num_slots, k=view.segment.settings.top_k_chunks, unit=queries.far.shape[3:])
+    step = at_once(num_kv_heads, bound[0].numel() * of_a_unit, device=view.segment.device.type)
     found = [
         _of_heads(view, queries, run, slice(first, first + step), bound[first : first + step])
         for first in range(0, num_kv_heads, step)
@@ -138,15 +139,15 @@ def _with_torch(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
     return Retrieved(torch.cat([part.keys for part in found]), torch.cat([part.slots for part in found]))
 
 
-def _of_heads(view: MemoryView, queries: Queries, run: Run, heads: slice, bound: Tensor) -> Retrieved:
-    """The best of a run for some key/value heads; `bound` `[heads, R, N]` as `rounding_bound` gives it."""
-    scores = run_scores(view, queries.of_heads(heads), run, heads)
-    if view.settings.scope == "document":
-        same = queries.documents[:, :, None] == view.slot_documents[:, None, run.start : run.stop]
-        scores = scores.masked_fill(~same, NOTHING)
-    k = min(view.settings.top_k_chunks, scores.shape[-1])
+def _of_heads(view: LayerView, queries: Queries, run: Run, heads: slice, bound: Tensor) -> Retrieved:
+    """The best of a run for some key/value heads; `bound` `[heads, P, U]` as `rounding_bound` gives it."""
+    scores = view.run_scores(queries.of_heads(heads), run, heads)
+    hidden = view.segment.hidden(queries.documents, run)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, NOTHING)
+    k = min(view.segment.settings.top_k_chunks, scores.shape[-1])
     top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
-    members = torch.arange(bound.numel(), device=view.device) + heads.start * bound[0].numel()
+    members = torch.arange(bound.numel(), device=view.segment.device) + heads.start * bound[0].numel()
     chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members, k)
     open_ended = _is_open(top.values, bound, k)
     if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
@@ -162,22 +163,22 @@ def _of_heads(view: MemoryView, queries: Queries, run: Run, heads: slice, bound:
 
 
 def _choose(
-    view: MemoryView, queries: Queries, run: Run, scores: Tensor, indices: Tensor, members: Tensor, k: int
+    view: LayerView, queries: Queries, run: Run, scores: Tensor, indices: Tensor, members: Tensor, k: int
 ) -> Retrieved:
     """Decides between candidates `[n, w]` of a run by scores that round alike wherever a chunk lies; `[n, k]`."""
     slots = indices + run.start
-    exact = chosen_scores(view, queries, slots, members, near=run.near)
+    exact = view.chunk_scores(queries, members, slots, near=run.near)
     exact = exact.masked_fill(scores == NOTHING, NOTHING)
-    best = sort_keys(exact, view.slot_order[slots]).topk(k, dim=-1)
+    best = sort_keys(exact, view.segment.slot_order[slots]).topk(k, dim=-1)
     return Retrieved(best.values, slots.gather(-1, best.indices))
 
 
 def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
-    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, R, N]`; None: no query.
+    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, P, U]`; None: no query.
 
     Args:
-        scores: Candidates' scores, best first, `[Hkv, R, N, w]`.
-        bound: As `rounding_bound` gives it, `[Hkv, R, N]`.
+        scores: Candidates' scores, best first, `[Hkv, P, U, w]`.
+        bound: As `rounding_bound` gives it, `[Hkv, P, U]`.
         k: Chunks wanted.
 
     Returns:
@@ -188,34 +189,36 @@ def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
     return is_open if bool(is_open.any()) else None
 
 
-def _with_faiss(view: MemoryView, queries: Queries, run: Run) -> Retrieved:
-    """The far part of the search by faiss's exact inner-product search, on the host."""
-    num_slots = run.stop - run.start
-    k = min(view.settings.top_k_chunks, num_slots)
-    scores = torch.full((*queries.far.shape[:-1], min(k + MARGIN, num_slots)), NOTHING)
+def _with_faiss(view: LayerView, queries: Queries, run: Run) -> Retrieved:
+    """The far part of the search by faiss's exact inner-product search, on the host; units of one query."""
+    num_slots, (num_kv_heads, num_pools, num_queries, *_) = run.stop - run.start, queries.far.shape
+    k = min(view.segment.settings.top_k_chunks, num_slots)
+    scores = torch.full((num_kv_heads, num_pools, num_queries, min(k + MARGIN, num_slots)), NOTHING)
     indices = torch.zeros(scores.shape, dtype=torch.int64)
-    chunk_keys, far = view.chunk_keys[:, :, run.start : run.stop].cpu(), queries.far.cpu()
-    for row in range(view.num_rows):
-        for members, columns in _searched_together(view, queries, run, row):
-            for head in range(view.num_kv_heads if len(columns) else 0):
-                value, index = _knn(far[head, row, members], chunk_keys[head, row, columns], scores.shape[-1])
-                scores[head, row, members, : value.shape[-1]] = value * view.geometry.scale
-                indices[head, row, members, : value.shape[-1]] = columns[index]
-    scores, indices = scores.to(view.device), indices.to(view.device)
-    if scores.shape[-1] < num_slots and _is_open(scores, rounding_bound(view, queries), k) is not None:
+    chunk_keys, far = view.chunk_keys[:, :, run.start : run.stop].cpu(), queries.far[..., 0, :].cpu()
+    hidden = view.segment.hidden(queries.documents, run)
+    for pool in range(num_pools):
+        for members, columns in _searched_together(
+            None if hidden is None else hidden[pool].cpu(), num_queries, num_slots
+        ):
+            for head in range(num_kv_heads if len(columns) else 0):
+                value, index = _knn(far[head, pool, members], chunk_keys[head, pool, columns], scores.shape[-1])
+                scores[head, pool, members, : value.shape[-1]] = value * view.geometry.scale
+                indices[head, pool, members, : value.shape[-1]] = columns[index]
+    scores, indices = scores.to(view.segment.device), indices.to(view.segment.device)
+    if scores.shape[-1] < num_slots and _is_open(scores, view.rounding_bound(queries), k) is not None:
         return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
-    everyone = torch.arange(queries.far.shape[:-1].numel(), device=view.device)
+    everyone = torch.arange(num_kv_heads * num_pools * num_queries, device=view.segment.device)
     chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)
-    return Retrieved(*(part.view(*queries.far.shape[:-1], k) for part in (chosen.keys, chosen.slots)))
+    return Retrieved(*(part.view(*queries.far.shape[:3], k) for part in (chosen.keys, chosen.slots)))
 
 
-def _searched_together(view: MemoryView, queries: Queries, run: Run, row: int) -> list[tuple[Tensor, Tensor]]:
-    """Queries of a row and the slots of a run that all of them see: by document under that scope, else all."""
-    members, columns = torch.arange(queries.far.shape[2]), torch.arange(run.stop - run.start)
-    if view.settings.scope != "document":
-        return [(members, columns)]
-    wanted, stored = queries.documents[row].cpu(), view.slot_documents[row, run.start : run.stop].cpu()
-    return [(members[wanted == document], columns[stored == document]) for document in wanted.unique()]
+def _searched_together(hidden: Tensor | None, num_queries: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
+    """Queries of a pool that see the same slots of a run, and those slots; `hidden` bool `[U, s]`."""
+    if hidden is None:
+        return [(torch.arange(num_queries), torch.arange(num_slots))]
+    kinds, kind_of_query = hidden.unique(dim=0, return_inverse=True)
+    return [((kind_of_query == kind).nonzero()[:, 0], (~unseen).nonzero()[:, 0]) for kind, unseen in enumerate(kinds)]
 
 
 def _knn(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

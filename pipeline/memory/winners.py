@@ -1,9 +1,9 @@
 """Which of the chunks that the shards of a group found are among the best `k` of the whole group.
 
 Scores travel, then each query's `k`-th best. Only where equal scores straddle the `k`-th place do the orders that
-decide between them (`MemoryView.slot_order`) travel too.
+decide between them (`SegmentView.slot_order`) travel too.
 
-Shapes: `G` ranks of the group, `n = Hkv * R * N` queries of a block of one rank (all ranks have as many), `k` chunks of
+Shapes: `G` ranks of the group, `n = Hkv * P * U` units of a block of one rank (all ranks have as many), `k` chunks of
 a query.
 """
 
@@ -26,7 +26,7 @@ class Winners:
     """What some queries of a block attend to in one shard: queries without any are left out.
 
     Attributes:
-        members: Which queries, as numbers in the flattened `[Hkv, R, N]`, ascending, int64 `[m]`.
+        members: Which queries, as numbers in the flattened `[Hkv, P, U]`, ascending, int64 `[m]`.
         slots: Their chunks, best first, int32 `[m, w]` with `w <= k`; meaningless beyond the count.
         counts: How many chunks each has, at least 1, int32 `[m]`.
     """
@@ -102,9 +102,9 @@ def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Callable[[],
     Returns:
         Waits for the scores, and returns the winners and where those of this rank's own queries are.
     """
-    if exchange.size == 1:
-        alone = Winners.of(found[0])
-        return lambda: Shared([alone], [alone.members])
+    if exchange.size == 1 or k == 0:
+        found_here = [Winners.of(retrieved) for retrieved in found]
+        return lambda: Shared(found_here, [winners.members for winners in found_here])
     found = [retrieved.padded(k) for retrieved in found]
     scores = [retrieved.scores.flatten(0, 2) for retrieved in found]
     rows = [len(scores[exchange.rank])] * exchange.size

@@ -15,14 +15,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "datasets", "faiss-cp
 
 
 def write_versions(folder: Path) -> Path:
-    """Writes the versions of what runs into `versions.json`: Python, packages, git commit. Never the environment.
-
-    Args:
-        folder: The run folder; it must exist.
-
-    Returns:
-        The file.
-    """
+    """Writes `versions.json`: Python, packages, git commit. Never the environment."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: version for name in PACKAGES if (version := _version(name)) is not None}
     if (commit := git_commit(Path(__file__).parent)) is not None:
@@ -33,15 +26,7 @@ def write_versions(folder: Path) -> Path:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Names the commit of a working tree.
-
-    Args:
-        folder: Any folder of it.
-
-    Returns:
-        The commit's hash, with `-dirty` behind it if tracked files were changed. None outside a working tree or without
-        git.
-    """
+    """The commit's hash, with `-dirty` behind it if tracked files were changed; None without git or a working tree."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

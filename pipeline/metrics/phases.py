@@ -30,14 +30,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time within the `with` block for a phase.
-
-        Args:
-            name: The phase; several blocks of one name add up.
-
-        Yields:
-            Nothing.
-        """
+        """Counts the time within the block for a phase; several blocks of one name add up."""
         self._charge()
         self._open.append(name)
         try:
@@ -47,11 +40,7 @@ class PhaseTimer:
             self._open.pop()
 
     def collect(self) -> dict[str, float]:
-        """Gives the seconds of each phase since the last call and starts anew; a phase still open goes on counting.
-
-        Returns:
-            Seconds by name of phase, in the order in which the phases first ended or were interrupted.
-        """
+        """Seconds of each phase since the last call; a phase still open goes on counting."""
         self._charge()
         collected, self._seconds = self._seconds, {}
         return collected

@@ -40,34 +40,17 @@ Value = float | int | str | bool | None
 
 
 def tag_of(key: str) -> str:
-    """Names the TensorBoard tag of a key of the record.
-
-    Args:
-        key: A key of a line of `metrics.jsonl`.
-
-    Returns:
-        The tag, `group/name_unit`.
-    """
+    """The TensorBoard tag, `group/name_unit`, of a key of the record."""
     if "/" in key:
         return key
-    for group in ("phase", "traffic"):
-        if key.startswith(f"{group}_"):
-            return f"{group}/" + key.removeprefix(f"{group}_")
+    for kind in ("phase", "traffic"):
+        if key.startswith(f"{kind}_"):
+            return f"{kind}/" + key.removeprefix(f"{kind}_")
     return TAGS.get(key, f"step/{key}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the record of a run. A last line that a crash cut short is left out.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        The objects of `metrics.jsonl` in order; none if there is no such file.
-
-    Raises:
-        DataError: A line is not a JSON object with a step.
-    """
+    """The objects of `metrics.jsonl` in order, but for a last line that a crash cut short. Raises DataError."""
     path = folder / METRICS_NAME
     if not path.exists():
         return []
@@ -135,13 +118,7 @@ class MetricsWriter:
                 self._open_tensorboard().add_scalar(tag_of(key), value, step)
 
     def histogram(self, tag: str, values: torch.Tensor, *, step: int) -> None:
-        """Records the distribution of a tensor for TensorBoard alone.
-
-        Args:
-            tag: `group/name_unit`.
-            values: Any shape and dtype. What is not finite is left out; a tensor without finite values records nothing.
-            step: The optimizer step.
-        """
+        """Records the finite numbers of a tensor for TensorBoard alone, if there are any."""
         if not self._enabled:
             return
         finite = values.detach().float().flatten()

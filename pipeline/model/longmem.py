@@ -6,8 +6,7 @@ Shapes: `B` lanes, `T` segment tokens, `E` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.backbone.backbone import Backbone
-from pipeline.backbone.encoding import Encoding
+from pipeline.backbone.encoding import Encoding, KeyValue
 from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.distributed.launchers import local_size
 from pipeline.memory.bank import BankShape, MemoryBank
-from pipeline.memory.exchange import Exchange
+from pipeline.memory.layer import Geometry
 from pipeline.memory.place import ring_chunks
-from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.room import check_room
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import ReadSettings
 from pipeline.model.loss import Head, token_losses
 from pipeline.positions import PositionRule
 from pipeline.sidenet.fusion import MemoryReader
@@ -55,6 +53,16 @@ def layout_of(side: SideNetConfig, num_backbone_layers: int) -> Layout:
     )
 
 
+def sink_token(config: Any) -> int:
+    """The token that is encoded alone to be a sink: the first special one that the backbone's configuration names."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, (list, tuple)) and token else token
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return token
+    return 0
+
+
 class LongMem:
     """Backbone and SideNet with the settings that join them to memory. Holds no memory: banks are made and passed.
 
@@ -78,6 +86,7 @@ class LongMem:
         self.settings, self.backbone, self.sidenet = settings, backbone, sidenet
         self._encode = encode or backbone
         self._run_sidenet = run_sidenet or sidenet
+        self._sink_of_layer: Sequence[KeyValue] | None = None
         memory = settings.memory
         self.read_settings = ReadSettings(
             num_tokens=memory.tokens,
@@ -85,6 +94,8 @@ class LongMem:
             scope=memory.scope,
             rule=PositionRule.parse(memory.position),
             search=memory.search,
+            retrieve_for=memory.retrieve_for,
+            window_tokens=memory.window_tokens,
             query_block_tokens=memory.query_block_tokens,
         )
         sources = sidenet.layout.memory_sources
@@ -129,21 +140,32 @@ class LongMem:
         check_room(needed, device, num_ranks=local_size(os.environ))
         return MemoryBank(shape, dtype=dtype, device=device)
 
-    def encode(self, tokens: Tensor, documents: Tensor) -> Encoding:
+    def encode(self, tokens: Tensor, documents: Tensor | None, *, num_context: int = 0) -> Encoding:
         """Encodes one segment of each lane with the frozen backbone.
 
         Collective: with a partitioned backbone every rank must call it together.
 
         Args:
-            tokens: int64 `[B, T]`.
-            documents: Document of each token, int64 `[B, T]`; under scope `document` attention stays inside.
+            tokens: Left context and segment, int64 `[B, num_context + T]`.
+            documents: Document of each token, of the same shape; under scope `document` attention stays inside. None:
+                each row is one document.
+            num_context: Tokens of left context.
 
         Returns:
             The encoding.
         """
         inside = documents if self.settings.memory.scope == "document" else None
-        encoding: Encoding = self._encode(tokens, inside)
-        return encoding
+        encoding: Encoding = self._encode(tokens, inside, num_context)
+        return encoding._replace(sinks=self._sinks(tokens.device)) if self.settings.memory.sink else encoding
+
+    def _sinks(self, device: torch.device) -> Sequence[KeyValue]:
+        """Keys and values of one token encoded alone; the backbone is frozen, so they are worked out once."""
+        if self._sink_of_layer is None:
+            alone: Encoding = self._encode(
+                torch.tensor([[sink_token(self.backbone.model.config)]], device=device), None
+            )
+            self._sink_of_layer = alone.memory
+        return self._sink_of_layer
 
     def append(self, bank: MemoryBank, encoding: Encoding, *, start: int, documents: Tensor) -> None:
         """Writes an encoded segment of every lane to memory: the only thing that changes what is remembered.
@@ -155,42 +177,6 @@ class LongMem:
             documents: int64 `[B, T]`.
         """
         bank.append([(kv.key, kv.value) for kv in encoding.memory], start=start, documents=documents)
-
-    def reader(
-        self,
-        bank: MemoryBank,
-        *,
-        start: int,
-        documents: Tensor,
-        settings: ReadSettings | None = None,
-        exchange: Exchange | None = None,
-        observe_ages: AgeObserver | None = None,
-        timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> BankReader:
-        """Lets the queries of one segment read a bank.
-
-        Args:
-            bank: The bank.
-            start: Lane position of the segment's first token.
-            documents: int64 `[B, T]`.
-            settings: How memory is read; None: `read_settings`.
-            exchange: As in `BankReader`.
-            observe_ages: As in `BankReader`.
-            timed: As in `BankReader`.
-
-        Returns:
-            The reader.
-        """
-        return BankReader(
-            bank,
-            settings or self.read_settings,
-            self.geometries,
-            start=start,
-            documents=documents,
-            exchange=exchange,
-            observe_ages=observe_ages,
-            timed=timed,
-        )
 
     def hidden(self, encoding: Encoding, reader: MemoryReader | None) -> Tensor:
         """Runs the SideNet.
@@ -235,7 +221,7 @@ class LongMem:
         Returns:
             Nats, float32 `[B, T]`.
         """
-        with self.backbone.gather(list(self.backbone.norm.parameters())):
+        with self.backbone.made_whole(list(self.backbone.norm.parameters())):
             hidden = self.backbone.norm(encoding.taps[len(self.backbone.layers)])
         return self.losses(hidden, targets)
 
@@ -267,7 +253,7 @@ def build(settings: ModelSettings, model: PreTrainedModel, **kwargs: Any) -> tup
     Args:
         settings: What the model is.
         model: The causal LM.
-        **kwargs: `gather`, as in `Backbone`.
+        **kwargs: `made_whole`, as in `Backbone`.
 
     Returns:
         Backbone (with the last tap, too) and SideNet.
@@ -290,6 +276,7 @@ def build(settings: ModelSettings, model: PreTrainedModel, **kwargs: Any) -> tup
         layout,
         fusion=settings.sidenet.fusion,
         gate_init=settings.sidenet.gate_init,
+        sink_rule=PositionRule.parse(settings.memory.position).beyond(settings.memory.tokens),
         activation_checkpointing=settings.sidenet.activation_checkpointing,
     )
     return backbone, sidenet

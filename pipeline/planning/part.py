@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ALWAYS = ("backbone", "sidenet", "loss", "backward", "optimizer")
-"""The phases of a step."""
+EVALUATION = "evaluation"
+ALWAYS = ("backbone", "sidenet", "loss", "backward", "optimizer", EVALUATION)
+"""The phases of a step, and the evaluation of held-out documents between two steps."""
 
 
 @dataclass(frozen=True)

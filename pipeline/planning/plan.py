@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
+from pipeline.planning.evaluation import evaluation_parts
 from pipeline.planning.part import ALWAYS, Part
 from pipeline.planning.shapes import BackboneShape
 from pipeline.planning.sizes import Sizes
@@ -96,6 +97,7 @@ def make_plan(config: Config, shape: BackboneShape, *, world_size: int) -> Plan:
     """
     sizes = Sizes(config, shape, check_world(config, world_size))
     parts = [*sizes.backbone(), *sizes.sidenet(), *sizes.memory(), *sizes.activations(), *sizes.loss()]
+    parts += evaluation_parts(sizes)
     traffic = [
         *memory_traffic(config, shape, sizes.split, num_memory_layers=len(sizes.layout.memory_layers)),
         *engine_traffic(

@@ -50,6 +50,7 @@ class BackboneShape:
         decoder: Each parameter of the decoder (embeddings, layers, final norm).
         head: Each parameter of the LM head.
         head_is_tied: Whether the head is the embedding.
+        max_positions: Tokens of the longest text that it was made for; None: it does not say.
     """
 
     hidden_size: int
@@ -69,6 +70,7 @@ class BackboneShape:
     decoder: tuple[int, ...]
     head: tuple[int, ...]
     head_is_tied: bool
+    max_positions: int | None = None
 
     @property
     def parameters(self) -> tuple[int, ...]:
@@ -154,6 +156,7 @@ def shape_of(config: Any) -> BackboneShape:
         decoder=_numbers(backbone.decoder),
         head=_numbers(head),
         head_is_tied=head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)),
+        max_positions=getattr(config, "max_position_embeddings", None),
     )
 
 

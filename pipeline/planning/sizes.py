@@ -17,7 +17,7 @@ from pipeline.config.world import WorldSplit
 from pipeline.memory.bank import BankShape
 from pipeline.memory.place import ring_chunks
 from pipeline.model.longmem import DTYPES, layout_of
-from pipeline.planning.part import Part
+from pipeline.planning.part import EVALUATION, Part
 from pipeline.planning.read import read_parts
 from pipeline.planning.shapes import BackboneShape
 from pipeline.planning.traffic import FP32, zero_section
@@ -49,6 +49,7 @@ class Sizes:
             zero_section(self.backbone_json, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         )
         self.tokens = split.lanes_per_group * config.train.segment_tokens
+        self.encoded = self.tokens + split.lanes_per_group * config.backbone.context_tokens
 
     @cached_property
     def sidenet_parameters(self) -> int:
@@ -84,13 +85,15 @@ class Sizes:
             "backbone gathered",
             number * min(largest + prefetch, sum(shape.decoder)) * is_copied,
             "the largest of embedding and layers, and stage3_prefetch_bucket_size",
-            ("backbone",),
+            ("backbone", EVALUATION),
         )
-        yield Part("LM head gathered", number * head * is_copied, "V x E", ("loss",))
-        work = self.tokens * (4 * shape.hidden_size + 3 * shape.mlp_size)
-        yield Part(
-            "one layer's work", number * work, "B T (4 E + 3 I)", ("backbone", "sidenet", "backward"), remedy=_TOKENS
-        )
+        yield Part("LM head gathered", number * head * is_copied, "V x E", ("loss", EVALUATION))
+        work = self.layer_work(self.encoded)
+        yield Part("one layer's work", work, "B T (4 E + 3 I)", ("backbone", "sidenet", "backward"), remedy=_TOKENS)
+
+    def layer_work(self, num_tokens: int) -> int:
+        """Bytes that a layer needs for so many tokens, beside what autograd keeps."""
+        return self.number_bytes * num_tokens * (4 * self.shape.hidden_size + 3 * self.shape.mlp_size)
 
     def sidenet(self) -> Iterator[Part]:
         """The SideNet under ZeRO-2.
@@ -144,18 +147,13 @@ class Sizes:
             return
         bank = bank_shape(config.model, self.shape, num_layers=layers, num_lanes=self.split.lanes_per_group)
         place = "host" if config.memory.device == "host" else "accelerator"
-        remedies = [f"a larger memory.group_size (now {config.memory.group_size})", "a smaller memory.tokens"]
-        if config.model.memory_dtype == "fp32":
-            remedies.insert(1, "memory.dtype bf16")
-        if place != "host":
-            remedies.insert(0, "memory.device host")
         yield Part(
             "memory bank",
             bank.bytes(DTYPES[config.model.memory_dtype]),
             f"{layers} layer(s) x {bank.num_lanes} lane(s) x {bank.num_chunks * bank.chunk_size:,} tokens of the "
             "group's: keys, values, chunk keys",
             place=place,
-            remedy=", ".join(remedies),
+            remedy=bank_remedies(config),
         )
         yield from read_parts(config.model, self.shape, bank, place=place)
 
@@ -166,14 +164,9 @@ class Sizes:
             Of the backbone and of the SideNet.
         """
         config, layout = self.config, self.layout
-        taps = len({*layout.taps, len(self.shape.layers)}) * self.shape.hidden_size
-        kept = len(layout.memory_layers) * 2 * self.shape.num_kv_heads * self.shape.head_dim
-        encoding = self.number_bytes * self.tokens * (taps + kept)
-        if config.memory.scope == "document":  # each layer's call holds its mask
-            encoding += self.number_bytes * layout.num_layers * self.tokens * config.train.segment_tokens
         yield Part(
             "backbone's taps",
-            encoding,
+            self.encoding(self.encoded),
             "taps, keys, values" + (", masks [T, T]" if config.memory.scope == "document" else ""),
             ("backbone", *AFTER_BACKBONE),
             remedy=_TOKENS,
@@ -193,6 +186,15 @@ class Sizes:
         again = self.tokens * max(saved)
         yield Part("activations of one layer", again, "computed again", ("sidenet", "backward"), remedy=_TOKENS)
 
+    def encoding(self, num_tokens: int) -> int:
+        """Bytes of what the backbone says of so many tokens."""
+        layout, shape = self.layout, self.shape
+        taps = len({*layout.taps, len(shape.layers)}) * shape.hidden_size
+        each = taps + len(layout.memory_layers) * 2 * shape.num_kv_heads * shape.head_dim
+        if self.config.memory.scope == "document":  # each layer's call holds its mask
+            each += layout.num_layers * (self.config.train.segment_tokens + self.config.backbone.context_tokens)
+        return self.number_bytes * num_tokens * each
+
     def loss(self) -> Iterator[Part]:
         """The loss.
 
@@ -204,7 +206,7 @@ class Sizes:
             "logits of a piece",
             2 * FP32 * piece * self.shape.vocab_size,
             "loss_piece_tokens x V, fp32, twice",
-            ("loss",),
+            ("loss", EVALUATION),
             remedy="a smaller train.loss_piece_tokens",
         )
         gradient = self.number_bytes * self.tokens * self.shape.hidden_size
@@ -235,7 +237,19 @@ class Sizes:
 _TOKENS = "more ranks with the same data.lanes, or a smaller train.segment_tokens"
 
 
-def bank_shape(settings: ModelSettings, shape: BackboneShape, *, num_layers: int, num_lanes: int) -> BankShape:
+def bank_remedies(config: Config) -> str:
+    """What makes a bank smaller, or puts it elsewhere."""
+    remedies = [f"a larger memory.group_size (now {config.memory.group_size})", "a smaller memory.tokens"]
+    if config.model.memory_dtype == "fp32":
+        remedies.insert(1, "memory.dtype bf16")
+    if config.memory.device != "host":
+        remedies.insert(0, "memory.device host")
+    return ", ".join(remedies)
+
+
+def bank_shape(
+    settings: ModelSettings, shape: BackboneShape, *, num_layers: int, num_lanes: int, num_tokens: int | None = None
+) -> BankShape:
     """The shard that `LongMem.bank` makes for a rank.
 
     Args:
@@ -243,13 +257,14 @@ def bank_shape(settings: ModelSettings, shape: BackboneShape, *, num_layers: int
         shape: The backbone.
         num_layers: Memory layers.
         num_lanes: `B`.
+        num_tokens: Tokens of a lane that the group remembers; None: `memory.tokens`.
 
     Returns:
         The shard's sizes.
     """
     memory = settings.memory
     num_chunks = ring_chunks(
-        memory.tokens,
+        memory.tokens if num_tokens is None else num_tokens,
         segment_tokens=settings.segment_tokens,
         chunk_size=memory.chunk_size,
         group_size=memory.group_size,

@@ -59,15 +59,19 @@ def memory_traffic(config: Config, shape: BackboneShape, split: WorldSplit, *, n
     # With activation checkpointing the backward pass begins by reading once more.
     reads = queries * (2 if config.sidenet.activation_checkpointing else 1)
     chunks, partial = config.memory.top_k_chunks, (dim + 2) * FP32
+    units = reads // (shape.num_heads // shape.num_kv_heads if config.memory.retrieve_for == "kv_head" else 1)
+    kinds = 2 if config.memory.window_tokens else 1  # of results: what was retrieved, and the window
     sent = [
         ("queries", "all-gather", reads * dim * FP32, False),
-        ("scores", "all-to-all", reads * chunks * FP32, False),
-        ("thresholds", "all-gather", reads * (FP32 + 1), False),
-        ("ties", "all-to-all", reads * (chunks + 1) * INT32, True),
-        ("partials", "all-to-all", reads * partial, True),
-        ("gradients", "all-to-all", queries * partial, True),
-        ("query_gradients", "all-to-all", queries * dim * FP32, True),
+        ("scores", "all-to-all", units * chunks * FP32, False),
+        ("thresholds", "all-gather", units * (FP32 + 1), False),
+        ("ties", "all-to-all", units * (chunks + 1) * INT32, True),
+        ("partials", "all-to-all", reads * kinds * partial, True),
+        ("gradients", "all-to-all", queries * kinds * partial, True),
+        ("query_gradients", "all-to-all", queries * kinds * dim * FP32, True),
     ]
+    if config.memory.window_tokens:
+        sent.append(("window", "all-gather", split.accumulation_steps * group_size, False))
     if config.memory.scope == "document":
         sent.append(("documents", "all-gather", tokens * INT64, False))
     others = group_size - 1

@@ -50,8 +50,9 @@ class Layout:
         Raises:
             ConfigError: A number is out of range.
         """
-        wanted = num_layers if num_layers is not None else num_backbone_layers // (2 if layout == "uniform" else 1)
-        count = max(wanted, 1) if num_layers is None else wanted
+        count = num_layers
+        if count is None:
+            count = max(1, num_backbone_layers // 2) if layout == "uniform" else num_backbone_layers
         problems = []
         if not 1 <= count <= num_backbone_layers:
             problems.append(f"sidenet.num_layers is {count}; the backbone allows 1 to {num_backbone_layers}")
@@ -88,14 +89,7 @@ class Layout:
         return tuple(self.boundaries[layer] for layer in self.memory_layers)
 
     def difference(self, layer: int) -> tuple[int, int] | None:
-        """The taps whose difference carries the backbone's knowledge into a SideNet layer.
-
-        Args:
-            layer: SideNet layer, counted from 1.
-
-        Returns:
-            `(later, earlier)`, or None where the two are the same tap.
-        """
+        """The taps `(later, earlier)` whose difference a SideNet layer (counted from 1) adds; None if it is nothing."""
         earlier = self.boundaries[layer - 1]
         later = self.boundaries[layer] - (1 if self.residual == "interleaved" else 0)
         return None if later == earlier else (later, earlier)

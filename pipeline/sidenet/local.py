@@ -35,32 +35,23 @@ class LocalAttention:
 
 
 def local_log_sum_exp(query: Tensor, key: Tensor, local: LocalAttention) -> Tensor:
-    """Log-sum-exp over the tokens that each query of a segment attends to in its own segment.
-
-    Args:
-        query: Rotated queries `[B, H, T, D]`.
-        key: Rotated keys `[B, Hkv, T, D]`.
-        local: The rest of the attention.
-
-    Returns:
-        float32 `[B, H, T]`, with gradients into query and key.
-    """
+    """Log-sum-exp, float32 `[B, H, T]`, of rotated queries `[B, H, T, D]` and keys `[B, Hkv, T, D]`; has gradients."""
     result: Tensor = _LogSumExp.apply(query.float(), key.float(), local)
     return result
 
 
 def _blocks(query: Tensor, key: Tensor, local: LocalAttention) -> Iterator[tuple[slice, Tensor]]:
-    """Masked logits `[B, Hkv, H / Hkv, t, seen]` of one block of queries after another."""
-    length, device = query.shape[2], query.device
-    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, Hkv, H / Hkv, T, D]
+    """Masked logits `[B, Hkv, H / Hkv, t, seen]` of queries `[B, Hkv, H / Hkv, T, D]`, one block after another."""
+    length, device = query.shape[3], query.device
     for first in range(0, length, _BLOCK_TOKENS):
         rows = slice(first, min(first + _BLOCK_TOKENS, length))
-        seen = key[:, :, None, : rows.stop].transpose(-1, -2)
-        logits = torch.matmul(grouped[:, :, :, rows], seen).mul_(local.scale)
+        seen = key[:, :, None, : rows.stop].transpose(-1, -2)  # [B, Hkv, 1, D, seen]
+        logits = torch.matmul(query[:, :, :, rows], seen).mul_(local.scale)
         if local.slopes is not None:
             index = torch.arange(rows.stop, device=device)
-            distance = index[rows, None] - index[None, :]
+            distance = index[rows, None] - index[None, :]  # [t, seen]
             logits = logits - local.slopes.to(device).view(1, key.shape[1], -1, 1, 1) * distance
+        # [B or 1, 1, t, T]
         mask = visible_in_segment(rows, length, documents=local.documents, window=local.window, device=device)
         yield rows, logits.masked_fill_(~mask[:, :, None, :, : rows.stop], float("-inf"))
 
@@ -71,8 +62,8 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, local: LocalAttention) -> Tensor:
         result = query.new_empty(query.shape[:-1])
-        for rows, logits in _blocks(query, key, local):
-            result[:, :, rows] = logits.logsumexp(dim=-1).flatten(1, 2)
+        for rows, logits in _blocks(query.unflatten(1, (key.shape[1], -1)), key, local):
+            result[:, :, rows] = logits.logsumexp(dim=-1).flatten(1, 2)  # [B, H, t]
         ctx.save_for_backward(query, key, result)
         ctx.local = local
         return result
@@ -80,12 +71,12 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, result = ctx.saved_tensors
-        groups = (key.shape[1], -1)
-        grouped, grad = query.unflatten(1, groups), grads[0].unflatten(1, groups)
-        result = result.unflatten(1, groups)
-        grad_query, grad_key = torch.empty_like(grouped), torch.zeros_like(key)
+        by_kv_head = (key.shape[1], -1)
+        query = query.unflatten(1, by_kv_head)  # [B, Hkv, H / Hkv, T, D]
+        grad, result = grads[0].unflatten(1, by_kv_head), result.unflatten(1, by_kv_head)  # [B, Hkv, H / Hkv, T]
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
         for rows, logits in _blocks(query, key, ctx.local):
             weights = torch.exp(logits - result[..., rows, None]) * (grad[..., rows, None] * ctx.local.scale)
             grad_query[:, :, :, rows] = torch.matmul(weights, key[:, :, None, : rows.stop])
-            grad_key[:, :, : rows.stop] += torch.einsum("bgrts,bgrtd->bgsd", weights, grouped[:, :, :, rows])
+            grad_key[:, :, : rows.stop] += torch.einsum("bgrts,bgrtd->bgsd", weights, query[:, :, :, rows])
         return grad_query.flatten(1, 2), grad_key, None

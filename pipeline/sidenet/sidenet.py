@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding, LayerCall
 from pipeline.backbone.families import sliding_window
+from pipeline.positions import PositionRule
 from pipeline.sidenet.fusion import MemoryFusion, MemoryReader
 from pipeline.sidenet.layout import Layout
 from pipeline.sidenet.local import LocalAttention
@@ -32,6 +33,7 @@ class SideNet(nn.Module):
         layout: Where its layers stand.
         fusion: `gate` or `joint`.
         gate_init: First value of gates or biases.
+        sink_rule: The distance that sinks are read at.
         activation_checkpointing: Whether each layer is computed again in the backward pass instead of kept.
 
     Source:
@@ -45,6 +47,7 @@ class SideNet(nn.Module):
         *,
         fusion: str,
         gate_init: float = 0.0,
+        sink_rule: PositionRule = PositionRule("none"),  # noqa: B008  # frozen
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -69,6 +72,7 @@ class SideNet(nn.Module):
                 encoding=encoding,
                 fusion=fusion,
                 gate_init=gate_init,
+                sink_rule=sink_rule,
             )
         self.train(False)
 
@@ -78,14 +82,7 @@ class SideNet(nn.Module):
         return {int(name): cast(MemoryFusion, fusion) for name, fusion in self.memory.items()}
 
     def train(self, mode: bool = True) -> SideNet:
-        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it.
-
-        Args:
-            mode: Ignored.
-
-        Returns:
-            Itself.
-        """
+        """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it."""
         return super().train(False)
 
     def forward(self, encoding: Encoding, reader: MemoryReader | None = None) -> Tensor:
@@ -115,7 +112,7 @@ class SideNet(nn.Module):
         call = encoding.calls[self.layout.boundaries[layer]]
 
         def run(hidden: Tensor) -> Tensor:
-            with self._reading(layer, reader, encoding.documents):
+            with self._reading(layer, reader, encoding):
                 return _call(self.layers[layer - 1], hidden, call)
 
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -125,17 +122,18 @@ class SideNet(nn.Module):
         return run(state)
 
     @contextmanager
-    def _reading(self, layer: int, reader: MemoryReader | None, documents: Tensor | None) -> Iterator[None]:
+    def _reading(self, layer: int, reader: MemoryReader | None, encoding: Encoding) -> Iterator[None]:
         """Lends the reader to a memory layer for one call; also when the call is repeated in the backward pass."""
         fusion = self.fusions.get(layer)
         if fusion is None:
             yield
             return
-        fusion.reader, fusion.documents = reader, documents
+        fusion.reader, fusion.documents = reader, encoding.documents
+        fusion.sink = encoding.sinks[fusion.index] if encoding.sinks else None
         try:
             yield
         finally:
-            fusion.reader = fusion.documents = None
+            fusion.reader = fusion.documents = fusion.sink = None
 
 
 def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -146,7 +144,7 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 def _trainable_copy(module: nn.Module, backbone: Backbone) -> nn.Module:
     """A copy with parameters of its own and without the hooks that were put on the original."""
-    with backbone.gather(list(module.parameters())):
+    with backbone.made_whole(list(module.parameters())):
         clone = copy.deepcopy(module)
     for part in clone.modules():
         part._forward_hooks.clear()

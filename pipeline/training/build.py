@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
-from pipeline.backbone.load import check_weights, read_backbone_config
+from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
 from pipeline.checkpoint.background import Background, wait_for_all
-from pipeline.checkpoint.folder import TOKEN_STORE, Checkpoints, StateOwner
+from pipeline.checkpoint.folder import MEMORY_TOKENS, TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
+from pipeline.checkpoint.memory import MemoryOwner
+from pipeline.checkpoint.owners import LanesOwner, RandomOwner
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
 from pipeline.data.held_out import held_out_documents
@@ -33,17 +34,18 @@ from pipeline.distributed.launchers import local_rank
 from pipeline.distributed.ranks import check_agreement, on_rank_zero, rank, together, world_size
 from pipeline.distributed.signals import Signals
 from pipeline.distributed.watch import TimeLimits
+from pipeline.errors import ConfigError
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.exchange import Alone, RankGroup
+from pipeline.memory.exchange import exchange_of
 from pipeline.memory.place import ShardPlace
 from pipeline.metrics.phases import PhaseTimer
-from pipeline.model.longmem import LongMem, build, layout_of
+from pipeline.model.longmem import DTYPES, LongMem, build, layout_of
 from pipeline.model.stream import Stream
 from pipeline.training.engine_owner import EngineOwner
 from pipeline.training.engines import (
     Engines,
     check_precision,
-    gather_partitions,
+    made_whole,
     start_distributed,
 )
 from pipeline.training.job.job import Job
@@ -101,6 +103,7 @@ class Run:
     Attributes:
         config: Its settings.
         folder: The run folder.
+        group: This rank's memory group.
         model: Backbone and SideNet in their engines.
         trainer: Does the steps.
         stores: The data.
@@ -113,6 +116,7 @@ class Run:
 
     config: Config
     folder: Path
+    group: MemoryGroup
     model: LongMem
     trainer: Trainer
     stores: Stores
@@ -172,8 +176,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     lanes = _lanes(config, stores.train, split, group.number)
     bank = _bank(model, split, group) if config.memory.enabled else None
     timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
-    exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
-    stream = Stream(model, bank, exchange=exchange, phase=timer.phase)
+    stream = Stream(model, bank, exchange=exchange_of(group.process_group), phase=timer.phase)
     trainer = Trainer(stream, engine, lanes, config.train, timer=timer, num_segments=split.accumulation_steps)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -189,7 +192,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     ]
     if bank is not None:
         owners.append(_memory_owner(config, stream, lanes, bank))
-    return Run(config, folder, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
+    return Run(config, folder, group, model, trainer, stores, bank, checkpoints, owners, resume_from, job)
 
 
 def _bank(model: LongMem, split: WorldSplit, group: MemoryGroup) -> MemoryBank:
@@ -223,9 +226,15 @@ def build_model(config: Config, device: torch.device) -> tuple[LongMem, Any, str
         BackboneError: The backbone's files are missing or damaged, or hold other weights than they should.
     """
     engines = Engines(config)
-    causal_lm = engines.load()
-    backbone, sidenet = build(config.model, causal_lm, gather=gather_partitions)
-    backbone_identity = identity(causal_lm, gather=gather_partitions)
+    with engines.partitioning():
+        causal_lm = load_backbone(
+            config.backbone.path,
+            dtype=DTYPES[config.train.precision],
+            attention=config.backbone.attention,
+            who=f" on rank {rank()}",
+        )
+    backbone, sidenet = build(config.model, causal_lm, made_whole=made_whole)
+    backbone_identity = identity(causal_lm, made_whole=made_whole)
     backbone_engine, engine = engines.start(backbone, sidenet.to(device))
     model = LongMem(config.model, backbone, sidenet, encode=backbone_engine, run_sidenet=engine)
     return model, engine, backbone_identity
@@ -253,7 +262,7 @@ def check_inputs(config: Config) -> Stores:
     validation = _validation(config, train)
     whole_config = read_backbone_config(config.backbone.path)
     backbone_config = whole_config.get_text_config()
-    family_of(backbone_config)
+    check_positions(config, backbone_config)
     for store in (train, validation):
         if store is not None:
             store.limit_vocabulary(int(backbone_config.vocab_size))
@@ -261,6 +270,23 @@ def check_inputs(config: Config) -> Stores:
     check_weights(config.backbone.path, whole_config)
     check_tokenizer(train, load_tokenizer(config.backbone.path))
     return Stores(train, validation)
+
+
+def check_positions(config: Config, backbone_config: Any) -> None:
+    """Checks that a segment and its left context fit a backbone of learned positions; others have no end.
+
+    Raises ConfigError: They do not; BackboneError: the family is unknown.
+    """
+    most = getattr(backbone_config, "max_position_embeddings", None)
+    wanted = config.backbone.context_tokens + config.train.segment_tokens
+    if family_of(backbone_config).positions == "learned" and most is not None and wanted > most:
+        raise ConfigError(
+            [
+                f"backbone.context_tokens {config.backbone.context_tokens} and train.segment_tokens "
+                f"{config.train.segment_tokens} are more than the backbone has positions; got: {wanted}; "
+                f"expected: at most {most} together; do: lower one of them"
+            ]
+        )
 
 
 def find_checkpoint(config: Config, folder: Path, *, token_store: str | None = None) -> Path | None:
@@ -321,6 +347,8 @@ def _identity_of_settings(config: Config, token_store: str | None) -> dict[str, 
     }
     if token_store is not None:
         known[TOKEN_STORE] = token_store
+    if config.memory.enabled and config.checkpoint.memory == "save":
+        known[MEMORY_TOKENS] = config.memory.tokens  # a stored memory fits banks that remember less
     if config.memory.enabled and config.memory.scope == "group":
         # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.
         groups = world_size() // config.memory.group_size
@@ -341,6 +369,7 @@ def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> 
         lanes=range(first, first + split.lanes_per_group),
         segment_tokens=config.train.segment_tokens,
         seed=config.run.seed,
+        context_tokens=config.backbone.context_tokens,
     )
 
 

@@ -22,7 +22,7 @@ from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.ranks import barrier, rank, world_size
 from pipeline.errors import CheckpointError, LongMemError
-from pipeline.training.pickles import check_engine_files, engine_files, in_a_line, restricted
+from pipeline.training.pickles import check_engine_files, engine_files, load_failure, restricted
 from pipeline.training.universal import load_universal, plainly_named
 
 _TAG = "engine"
@@ -104,7 +104,7 @@ class EngineOwner:
             folder / _TAG,
             names[rank() :: world_size()],
             weights={name: tensor.shape for name, tensor in self.engine.module.state_dict().items()},
-            num_groups=len(self.engine.optimizer.bit16_groups),
+            num_parameter_groups=len(self.engine.optimizer.bit16_groups),
             num_ranks=saved.world_size,
         )
 
@@ -128,7 +128,7 @@ class EngineOwner:
         except Exception as error:  # DeepSpeed checks little of what it finds
             raise CheckpointError(
                 f"rank {rank()} could not load the SideNet's state from {folder}",
-                got=in_a_line(error),
+                got=load_failure(error),
                 do="see what the log says of other ranks, or resume from another checkpoint",
             ) from error
 
@@ -143,16 +143,7 @@ class EngineOwner:
 
 
 def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The trained weights in fp32, from the master weights where training keeps some.
-
-    Collective: every rank must call it.
-
-    Args:
-        module: A module under a ZeRO-2 engine.
-
-    Returns:
-        Name to a copy on the host; empty on other ranks than 0.
-    """
+    """On rank 0 the trained weights in fp32, on the host; master weights where there are some. Collective."""
     weights = {}
     for name, parameter in module.named_parameters():
         # In fp32 the weights are their own master weights, and whole on every rank.

@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,15 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 from torch.distributed import distributed_c10d
-from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.backbone.backbone import Backbone
-from pipeline.backbone.load import load_backbone
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
-from pipeline.config.untrusted import short
 from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
-from pipeline.distributed.ranks import rank, world_size
-from pipeline.errors import ConfigError
-from pipeline.model.longmem import DTYPES
+from pipeline.distributed.ranks import world_size
+from pipeline.errors import ConfigError, in_a_line
 from pipeline.sidenet.sidenet import SideNet
 from pipeline.training.job.leftovers import lock_extensions_for_life, unlink_shared_buffers
 from pipeline.training.optimizer import build_optimizer
@@ -86,10 +82,7 @@ def start_distributed(*, timeout_s: float) -> torch.device:
 
 
 def end_distributed() -> None:
-    """Leaves the job in order. Threads of a process group that is still there when the interpreter ends may crash it.
-
-    Collective: every rank must call it, when all work is done.
-    """
+    """Leaves the job in order: threads of a group that outlives the interpreter may crash it. Collective."""
     torch.distributed.destroy_process_group()
 
 
@@ -114,17 +107,8 @@ def check_precision(config: Config) -> None:
         )
 
 
-def gather_partitions(parameters: Any) -> AbstractContextManager[Any]:
-    """Makes parameters whole while the context is open, whether partitioned or not; what is written to them is lost.
-
-    Collective: every rank must enter it together.
-
-    Args:
-        parameters: The parameters.
-
-    Returns:
-        The context manager.
-    """
+def made_whole(parameters: Any) -> AbstractContextManager[Any]:
+    """Makes parameters whole inside, partitioned or not; what is written to them is lost. Collective."""
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
     return context
 
@@ -142,39 +126,19 @@ class Engines:
         self._config = config
         self._backbone_json = _accepted(backbone_deepspeed(config, world_size()), "backbone.deepspeed")
         self._sidenet_json = _accepted(sidenet_deepspeed(config, world_size()), "train.deepspeed")
-        # transformers splits a model while loading it as long as this object lives.
-        self._partitioning = HfDeepSpeedConfig(self._backbone_json)
 
-    def load(self) -> PreTrainedModel:
-        """Loads the backbone straight into partitions.
-
-        Collective: every rank must call it.
-
-        Returns:
-            The causal LM, each rank holding its part of every parameter.
-
-        Raises:
-            BackboneError: As `load_backbone`.
-        """
-        return load_backbone(
-            self._config.backbone.path,
-            dtype=DTYPES[self._config.train.precision],
-            attention=self._config.backbone.attention,
-            who=f" on rank {rank()}",
-        )
+    @contextmanager
+    def partitioning(self) -> Iterator[None]:
+        """Splits what transformers loads while it is open over the ranks: no rank ever holds it whole."""
+        lives = HfDeepSpeedConfig(self._backbone_json)  # transformers asks whether this object is there
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del lives
 
     def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:
-        """Puts both under their engines.
-
-        Collective: every rank must call it.
-
-        Args:
-            backbone: The backbone, loaded by `load`.
-            sidenet: The SideNet, whole on every rank.
-
-        Returns:
-            The backbone's engine and the SideNet's.
-        """
+        """Puts both under their engines: the backbone's and the SideNet's. Collective: every rank must call it."""
         backbone_engine, *_ = deepspeed.initialize(model=backbone, config=self._backbone_json, dist_init_required=False)
         sidenet_engine, *_ = deepspeed.initialize(
             model=sidenet,
@@ -187,37 +151,10 @@ class Engines:
 
 
 def _accepted(content: dict[str, Any], setting: str) -> dict[str, Any]:
-    """Has DeepSpeed look at its JSON before weights are loaded.
-
-    Args:
-        content: The completed JSON.
-        setting: The setting that names the file.
-
-    Returns:
-        The same JSON.
-
-    Raises:
-        ConfigError: DeepSpeed does not accept it.
-    """
+    """Has DeepSpeed look at its JSON before weights are loaded. Raises ConfigError: it does not accept it."""
     try:
         deepspeed.DeepSpeedConfig(deepcopy(content))
     except Exception as error:  # it raises whatever it comes upon
-        words = short(" ".join(str(error).split()))
-        raise ConfigError(
-            [f"DeepSpeed does not accept the file: {type(error).__name__}: {words}; do: see ds_configs/*.json"],
-            source=setting,
-        ) from error
+        problem = f"DeepSpeed does not accept the file: {in_a_line(error)}; do: see ds_configs/*.json"
+        raise ConfigError([problem], source=setting) from error
     return content
-
-
-def partitioned_bytes(module: nn.Module) -> int:
-    """Bytes of a partitioned module's parameters that this rank holds.
-
-    Args:
-        module: A module under a ZeRO-3 engine.
-
-    Returns:
-        The number of bytes.
-    """
-    held = (getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pipeline.data.store import TokenStore
-from pipeline.distributed.ranks import gather, on_rank_zero, rank
+from pipeline.distributed.ranks import gather_objects, on_rank_zero, rank
 from pipeline.distributed.signals import Signals
 from pipeline.files import write_text
 from pipeline.metrics.record import MetricsWriter
@@ -126,7 +126,7 @@ def _is_evaluated(run: Run, step: int) -> bool:
     """Whether the newest evaluation is of this step and of these settings: the same on all ranks."""
     found = read_evaluation(run.folder) if rank() == 0 else {}
     wanted = (step, run.config.evaluation.model_dump())
-    return bool(gather((found.get("step"), found.get("settings")) == wanted)[0])
+    return bool(gather_objects((found.get("step"), found.get("settings")) == wanted)[0])
 
 
 def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:

@@ -12,26 +12,26 @@ from pipeline.sidenet.sidenet import SideNet
 
 
 def build_optimizer(sidenet: SideNet, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over three groups: weights, norms and biases (no decay), gates (no decay, a much larger learning rate).
+    """AdamW over three parameter groups: weights, norms and biases (no decay), gates (no decay, a far larger rate).
 
     Args:
         sidenet: The SideNet.
         train: Its settings.
 
     Returns:
-        The optimizer; every group carries `learning_rate_factor`, on top of the step's learning rate.
+        The optimizer; every parameter group carries `learning_rate_factor`, on top of the step's learning rate.
     """
     gates = {id(parameter) for parameter in sidenet.memory.parameters()}
     others = [parameter for parameter in sidenet.parameters() if id(parameter) not in gates]
-    groups: list[dict[str, Any]] = [
+    parameter_groups: list[dict[str, Any]] = [
         {"name": "weights", "params": [p for p in others if p.dim() > 1], "weight_decay": train.weight_decay},
         {"name": "norms_and_biases", "params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
         {"name": "gates", "params": list(sidenet.memory.parameters()), "weight_decay": 0.0},
     ]
-    for group in groups:
+    for group in parameter_groups:
         group["learning_rate_factor"] = train.gate_learning_rate_factor if group["name"] == "gates" else 1.0
     return torch.optim.AdamW(
-        groups,
+        parameter_groups,
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
@@ -39,15 +39,7 @@ def build_optimizer(sidenet: SideNet, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate_at(step: int, train: TrainConfig) -> float:
-    """The learning rate of one optimizer step: linear warm-up, then the schedule.
-
-    Args:
-        step: The step, counted from 1.
-        train: The settings.
-
-    Returns:
-        The learning rate of weights (gates: times `gate_learning_rate_factor`).
-    """
+    """The weights' learning rate in one optimizer step, counted from 1: linear warm-up, then the schedule."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
     if train.schedule == "constant":
@@ -59,11 +51,6 @@ def learning_rate_at(step: int, train: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets the learning rate of the next step.
-
-    Args:
-        optimizer: AdamW, or DeepSpeed's wrapper around it.
-        learning_rate: That of weights.
-    """
+    """Sets the learning rate of the next step, given that of weights."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["learning_rate_factor"]

@@ -32,11 +32,7 @@ Shapes = Mapping[str, torch.Size]
 
 @contextmanager
 def restricted() -> Iterator[None]:
-    """Inside, every `torch.load` of this process is restricted, whatever its caller asks for.
-
-    Yields:
-        Nothing.
-    """
+    """Inside, every `torch.load` of this process is restricted, whatever its caller asks for."""
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
@@ -47,14 +43,16 @@ def restricted() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def check_engine_files(folder: Path, names: list[str], *, weights: Shapes, num_groups: int, num_ranks: int) -> None:
+def check_engine_files(
+    folder: Path, names: list[str], *, weights: Shapes, num_parameter_groups: int, num_ranks: int
+) -> None:
     """Checks files of DeepSpeed before it reads them; of tensors the shapes only.
 
     Args:
         folder: The folder that holds them.
         names: Which of them to check.
         weights: Name to shape of everything in the module. DeepSpeed makes names of files of the names it finds.
-        num_groups: Groups of parameters of the optimizer.
+        num_parameter_groups: Groups of parameters of the optimizer.
         num_ranks: Ranks that wrote them.
 
     Raises:
@@ -69,27 +67,16 @@ def check_engine_files(folder: Path, names: list[str], *, weights: Shapes, num_g
             if name == MODEL_STATES:
                 _check_model(content, weights, num_ranks)
             elif name.endswith("_optim_states.pt"):
-                _check_optimizer(content["optimizer_state_dict"], weights, num_groups)
+                _check_optimizer(content["optimizer_state_dict"], weights, num_parameter_groups)
         except Exception as error:  # it may hold anything at all
             raise DamageError(
                 f"{name} is not a file of DeepSpeed's that can be loaded without running code from it",
-                got=in_a_line(error),
+                got=load_failure(error),
             ) from error
 
 
 def engine_files(folder: Path, num_ranks: int) -> list[str]:
-    """The files that DeepSpeed reads, or might.
-
-    Args:
-        folder: The folder that holds them.
-        num_ranks: Ranks that wrote them.
-
-    Returns:
-        Names of all files there that may be pickles.
-
-    Raises:
-        DamageError: One is missing.
-    """
+    """Names of all files in a folder that may be pickles. Raises DamageError: one that DeepSpeed reads is missing."""
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt"))
     ends = [MODEL_STATES, *(_OPTIM_STATES.format(number) for number in range(num_ranks))]
     missing = [end for end in ends if not {end, f"bf16_{end}", f"fp16_{end}"}.intersection(found)]
@@ -112,15 +99,15 @@ def _check_model(content: Any, weights: Shapes, num_ranks: int) -> None:
         raise ValueError(f"{UNIVERSAL_CHECKPOINT_INFO} says how to convert it, which is not for it to say")
 
 
-def _check_optimizer(state: Any, weights: Shapes, num_groups: int) -> None:
+def _check_optimizer(state: Any, weights: Shapes, num_parameter_groups: int) -> None:
     for group in state["param_slice_mappings"]:
         _check_known(group, weights)
         if not all(type(place) is fragment_address for place in group.values()):
             raise TypeError("a parameter without a place in the partition")
     # No more than that: of a rank that holds only padding DeepSpeed stores moments of another length than weights.
     for key in ("single_partition_of_fp32_groups", "param_slice_mappings"):
-        if len(state[key]) != num_groups:
-            raise ValueError(f"{key} has {len(state[key])} groups of parameters; expected: {num_groups}")
+        if len(state[key]) != num_parameter_groups:
+            raise ValueError(f"{key} has {len(state[key])} groups of parameters; expected: {num_parameter_groups}")
 
 
 def _check_known(names: Any, weights: Shapes) -> None:
@@ -129,16 +116,8 @@ def _check_known(names: Any, weights: Shapes) -> None:
         raise ValueError(f"a parameter that the SideNet does not have: {str(foreign[0])[:100]!r}")
 
 
-def in_a_line(error: Exception) -> str:
-    """What a load failed with.
-
-    Args:
-        error: What DeepSpeed or torch raised.
-
-    Returns:
-        One line. Where the unpickler refused something, what that was: torch names it in a page of advice that would
-        be the wrong thing to do here.
-    """
+def load_failure(error: Exception) -> str:
+    """What a load failed with; of what the unpickler refused only the name: torch's page of advice would mislead."""
     text = str(error)
     for mark in ("Unsupported global: ", "Trying to load unsupported GLOBAL ", "Unsupported operand "):
         if mark in text:

@@ -14,7 +14,7 @@ from pipeline.distributed.ranks import rank
 from pipeline.memory.reader import AgeObserver
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
-from pipeline.training.step import StepResult, ages_recorder
+from pipeline.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +31,21 @@ class Recorder:
 
     def __init__(self, config: Config, model: LongMem, writer: MetricsWriter, *, first_step: int) -> None:
         self.config, self.model, self.writer = config, model, writer
-        self._ages: dict[int, list[np.ndarray]] = {}
+        self._ages: dict[int, list[np.ndarray]] = {}  # by index of the memory layer
         self._bar = tqdm(
             total=config.train.steps, initial=first_step, unit="step", desc="training", disable=rank() != 0
         )
 
     def ages_observer(self, step: int) -> AgeObserver | None:
-        """What a step must collect for its histograms.
-
-        Args:
-            step: The step, counted from 1.
-
-        Returns:
-            An observer of ages on steps that record histograms, else None.
-        """
+        """What a step must collect for its histograms; None on steps that record none."""
         every = self.config.train.histogram_every_steps
         if rank() != 0 or every == 0 or step % every:
             return None
         self._ages.clear()
-        return ages_recorder(self._ages)
+        return self._observe_ages
+
+    def _observe_ages(self, index: int, ages: torch.Tensor) -> None:
+        self._ages.setdefault(index, []).append(ages.cpu().numpy())
 
     def record(self, step: int, result: StepResult, *, memory_fill: float) -> None:
         """Records one step.
@@ -92,17 +88,18 @@ class Recorder:
         return torch.sigmoid(gates) if self.config.sidenet.fusion == "gate" else gates
 
     def _memory_shares(self) -> torch.Tensor | None:
-        """Mean weight of memory at the last read, `[memory layers, H]`."""
+        """Mean weight of memory at the last read: float32 `[memory layers, H]`; None before it."""
         shares = [fusion.memory_share for fusion in self.model.sidenet.fusions.values()]
         read = [share for share in shares if share is not None]
         return torch.stack(read).float().cpu() if len(read) == len(shares) else None
 
     def _histograms(self, step: int, shares: torch.Tensor | None) -> None:
-        for layer, ages in self._ages.items():
-            number = self.model.sidenet.layout.memory_layers[layer]
-            self.writer.histogram(f"age/layer_{number}_tokens", torch.from_numpy(np.concatenate(ages)), step=step)
-        self._ages.clear()
-        for row, number in enumerate(self.model.sidenet.layout.memory_layers):
-            self.writer.histogram(f"gate/layer_{number}", self._gates()[row], step=step)
+        gates = self._gates()
+        for index, layer in enumerate(self.model.sidenet.layout.memory_layers):
+            if index in self._ages:
+                ages = torch.from_numpy(np.concatenate(self._ages[index]))
+                self.writer.histogram(f"age/layer_{layer}_tokens", ages, step=step)
+            self.writer.histogram(f"gate/layer_{layer}", gates[index], step=step)
             if shares is not None:
-                self.writer.histogram(f"memory_share/layer_{number}_fraction", shares[row], step=step)
+                self.writer.histogram(f"memory_share/layer_{layer}_fraction", shares[index], step=step)
+        self._ages.clear()

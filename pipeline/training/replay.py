@@ -9,6 +9,7 @@ import torch
 from pipeline.data.lanes import Lanes
 from pipeline.distributed.ranks import rank
 from pipeline.model.stream import Stream
+from pipeline.training.step import feed_segment
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,7 @@ def replay(stream: Stream, lanes: Lanes) -> None:
     if rank() == 0:
         logger.info("reading the last %d tokens of every lane again, to remember them", count * turn.segment_tokens)
     lanes.skip(-count * turn.size)
-    first = torch.tensor((lanes.index + turn.rank) * turn.segment_tokens)
-    shape = bank.shape
+    first, shape = torch.tensor(lanes.index * turn.segment_tokens), bank.shape
     bank.reset(next_slot=int(turn.slots(first, chunk_size=shape.chunk_size, num_chunks=shape.num_chunks)))
     for _ in range(count):
-        segment = lanes.next_of_group(turn.rank, turn.size)
-        device = stream.model.device
-        tokens, documents = (torch.from_numpy(array).to(device) for array in (segment.tokens, segment.documents))
-        stream.feed(tokens, documents, start=segment.start)
+        feed_segment(stream, lanes.next_of_group(turn.rank, turn.size))

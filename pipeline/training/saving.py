@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipeline.distributed.ranks import gather
+from pipeline.distributed.ranks import gather_objects
 from pipeline.training.build import Run
 
 
@@ -46,4 +46,4 @@ class Saving:
             return True
         if wanted.every_minutes == 0:
             return False
-        return bool(gather(self._clock() - self._saved_at >= 60 * wanted.every_minutes)[0])
+        return bool(gather_objects(self._clock() - self._saved_at >= 60 * wanted.every_minutes)[0])

@@ -11,19 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config.schema import TrainConfig
 from pipeline.data.lanes import Lanes, Segment
-from pipeline.distributed.ranks import gather, world_size
+from pipeline.distributed.ranks import gather_objects, world_size
 from pipeline.distributed.signals import ASKS
 from pipeline.errors import TrainingError
 from pipeline.memory.reader import AgeObserver
 from pipeline.metrics.phases import PhaseTimer
-from pipeline.model.stream import Stream
+from pipeline.model.stream import Context, Seen, Stream
 from pipeline.training.optimizer import learning_rate_at, set_learning_rate
 
 
@@ -130,11 +129,8 @@ class Trainer:
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:
         """Losses `[B, T]` of one segment of every lane, and how many of its tokens predict."""
-        tokens, targets, documents = (
-            torch.from_numpy(array).to(self.stream.model.device, non_blocking=True)
-            for array in (segment.tokens, segment.targets, segment.documents)
-        )
-        seen = self.stream.feed(tokens, documents, start=segment.start)
+        seen = feed_segment(self.stream, segment)
+        targets = torch.from_numpy(segment.targets).to(self.stream.model.device, non_blocking=True)
         losses = self.stream.losses(seen, targets, observe_ages=observe_ages)
         return losses, (targets >= 0).sum()
 
@@ -150,21 +146,17 @@ class Trainer:
             dist.all_reduce(totals)
         if math.isfinite(float(totals[0])):
             return
-        ill = [rank for rank, value in enumerate(gather(mine)) if not math.isfinite(value)]
+        lane_tokens = self.lanes.index * self.settings.segment_tokens
+        ill = [rank for rank, value in enumerate(gather_objects(mine)) if not math.isfinite(value)]
         error = TrainingError(
             f"the loss of step {number} is not finite; the optimizer has not stepped",
-            got=f"{mine} on this rank; not finite on rank(s) {ill}; lanes read up to token {self.lane_tokens}",
+            got=f"{mine} on this rank; not finite on rank(s) {ill}; lanes read up to token {lane_tokens}",
             do="nothing was trained yet: see whether the backbone in backbone.path works in train.precision"
             if number == 1
             else "resume from the last checkpoint with a lower train.learning_rate, or in bf16 or fp32 instead of fp16",
         )
         error.on_all_ranks = True
         raise error
-
-    @property
-    def lane_tokens(self) -> int:
-        """Tokens of each lane read so far."""
-        return self.lanes.index * self.settings.segment_tokens
 
     @property
     def memory_fill(self) -> float:
@@ -176,17 +168,10 @@ class Trainer:
         return min(1.0, remembered / self.stream.model.settings.memory.tokens)
 
 
-def ages_recorder(into: dict[int, list[np.ndarray]]) -> AgeObserver:
-    """Collects the ages of retrieved chunks by memory layer.
-
-    Args:
-        into: Where they are added: memory layer -> arrays of tokens.
-
-    Returns:
-        The observer.
-    """
-
-    def observe(layer: int, ages: Tensor) -> None:
-        into.setdefault(layer, []).append(ages.cpu().numpy())
-
-    return observe
+def feed_segment(stream: Stream, segment: Segment) -> Seen:
+    """Encodes and remembers a segment of every lane, with the context that came with it. Collective: `Stream.feed`."""
+    tokens, documents, *context = (
+        torch.from_numpy(array).to(stream.model.device, non_blocking=True)
+        for array in (segment.tokens, segment.documents, segment.context_tokens, segment.context_documents)
+    )
+    return stream.feed(tokens, documents, Context(*context), start=segment.start)

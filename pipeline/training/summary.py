@@ -15,14 +15,7 @@ EVALUATION_NAME = "evaluation"
 
 
 def summary(folder: Path) -> str:
-    """Sums a run up: the held-out table, speed, and where to look.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        Some lines of text.
-    """
+    """The held-out table, speed, and where to look, in some lines of text."""
     lines = [""]
     table, step = folder / f"{EVALUATION_NAME}.txt", read_evaluation(folder).get("step")
     if table.is_file() and step is not None:
@@ -38,14 +31,7 @@ def summary(folder: Path) -> str:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """Reads the newest evaluation of a run.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        What it said; empty if there is none, or none that can be read, which is logged: it will be made anew.
-    """
+    """The newest evaluation of a run; empty if there is none that can be read, which is logged: it is made anew."""
     path = folder / f"{EVALUATION_NAME}.json"
     try:
         found = parse_json(read_small(path))

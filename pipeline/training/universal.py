@@ -17,9 +17,9 @@ from typing import Any
 from deepspeed.checkpoint import ds_to_universal
 
 from pipeline.checkpoint.background import Background, wait_for_all
-from pipeline.distributed.ranks import barrier, gather, rank
+from pipeline.distributed.ranks import barrier, gather_objects, rank
 from pipeline.errors import CheckpointError
-from pipeline.training.pickles import in_a_line
+from pipeline.training.pickles import load_failure
 
 
 def load_universal(engine: Any, folder: Path, tag: str, *, scratch: Path) -> None:
@@ -48,14 +48,7 @@ def load_universal(engine: Any, folder: Path, tag: str, *, scratch: Path) -> Non
 
 @contextmanager
 def plainly_named(*folders: Path) -> Iterator[list[Path]]:
-    """Gives folders other names for a while: DeepSpeed 0.19 reads brackets and plus signs in a path as a pattern.
-
-    Args:
-        *folders: The folders.
-
-    Yields:
-        The other names, in the same order.
-    """
+    """Other names for folders, for a while: DeepSpeed 0.19 reads brackets and plus signs in a path as a pattern."""
     with tempfile.TemporaryDirectory(prefix="longmem-") as name:
         links = [Path(name, f"link_{number}") for number in range(len(folders))]
         for link, folder in zip(links, folders, strict=True):
@@ -105,7 +98,7 @@ def _on_rank_zero_patiently(work: Callable[[], None]) -> None:
     task = Background(work) if rank() == 0 else None
     wait_for_all(task)
     error = None if task is None else task.error
-    words = gather(None if error is None else in_a_line(error))[0]
+    words = gather_objects(None if error is None else load_failure(error))[0]
     if words is not None:
         raise CheckpointError(
             "the optimizer's state could not be converted for another number of ranks; the checkpoint is untouched",

@@ -14,12 +14,17 @@ TOLERANCE = 1e-5  # float32, summed in another order
 GRADIENT_TOLERANCE = 1e-4  # of the largest gradient
 
 
+def partitioned_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the parameters of a module under ZeRO-3 that this rank holds."""
+    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in module.parameters())
+
+
 def train_one(
     config: Config, *, evaluated: bool = True, prepare: Callable[[Any], None] | None = None
 ) -> tuple[Any, list[dict[str, Any]], int]:
     """Builds and trains; every rank gets the run, the lines of metrics.jsonl and the number of evaluations."""
     from eval.perplexity import evaluate
-    from pipeline.distributed.ranks import barrier, rank, world_size
+    from pipeline.distributed.ranks import barrier
     from pipeline.metrics.record import read_metrics
     from pipeline.training.build import build_run
     from pipeline.training.loop import train
@@ -29,7 +34,7 @@ def train_one(
     def evaluation(model: Any, store: Any) -> Any:
         nonlocal evaluations
         evaluations += 1
-        return evaluate(model, store, config, rank=rank(), world_size=world_size())
+        return evaluate(model, store, config, group=run.group)
 
     run = build_run(config)
     if prepare is not None:

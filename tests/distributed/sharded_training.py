@@ -15,13 +15,16 @@ import torch.distributed as dist
 
 from pipeline.data.lanes import Lanes
 from pipeline.distributed.groups import MemoryGroup
-from pipeline.distributed.ranks import gather, world_size
-from pipeline.memory import reader
-from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.distributed.ranks import gather_objects, world_size
+from pipeline.memory import read
+from pipeline.memory.bank import MemoryBank
+from pipeline.memory.exchange import exchange_of
+from pipeline.memory.layer import LayerView, Queries
 from pipeline.memory.reader import AgeObserver
 from pipeline.memory.search import Retrieved, search
-from pipeline.memory.view import MemoryView, Queries
+from pipeline.model.longmem import LongMem
 from pipeline.model.stream import Stream
+from pipeline.training.step import feed_segment
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
 
@@ -98,19 +101,41 @@ def measured_choices() -> Iterator[list[float]]:
     """Collects how narrowly each search decided; `Outcome.narrowest` says in which units."""
     found = [float("inf")]
 
-    def measuring(view: MemoryView, queries: Queries) -> Retrieved:
-        k, wider = view.settings.top_k_chunks, copy(view)
-        wider.settings = replace(view.settings, top_k_chunks=k + 1)
+    def measuring(view: LayerView, queries: Queries) -> Retrieved:
+        k, wider, segment = view.segment.settings.top_k_chunks, copy(view), copy(view.segment)
+        segment.settings = replace(segment.settings, top_k_chunks=k + 1)
+        wider.segment = segment
         scores = search(wider, queries).scores
         if scores.shape[-1] > k:
-            unit = queries.far.norm(dim=-1) * view.largest_key[..., None] * view.geometry.scale
+            lengths = queries.far.norm(dim=-1).amax(dim=-1)
+            unit = lengths * view.largest_key[..., None] * view.geometry.scale
             gaps = (scores[..., k - 1] - scores[..., k]) / unit
             found.extend(gaps[gaps > 0].tolist())
         return search(view, queries)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "search", measuring)
+        patch.setattr(read, "search", measuring)
         yield found
+
+
+def bank_bytes(bank: MemoryBank) -> int:
+    """Bytes of its keys, values and chunk keys."""
+    return sum(t.nbytes for store in bank.layers for t in (store.keys, store.values, store.chunk_keys))
+
+
+@contextmanager
+def banks_made() -> Iterator[list[int]]:
+    """Collects the bytes of the banks that are made, after a 0."""
+    sizes, original = [0], LongMem.bank
+
+    def making(self: LongMem, *args: Any, **kwargs: Any) -> MemoryBank:
+        bank = original(self, *args, **kwargs)
+        sizes.append(bank_bytes(bank))
+        return bank
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LongMem, "bank", making)
+        yield sizes
 
 
 def train_and_measure(case: Case) -> Outcome:
@@ -123,7 +148,7 @@ def train_and_measure(case: Case) -> Outcome:
 def train(case: Case, group_size: int) -> Outcome:
     """Trains on every rank of the world, `group_size` ranks to a memory group."""
     group = MemoryGroup.build(group_size, timeout_s=60)
-    exchange: Exchange = Alone() if group.process_group is None else RankGroup(group.process_group)
+    exchange = exchange_of(group.process_group)
     num_lanes = case.lanes * group_size // world_size()
     torch.manual_seed(0)
     sections = {"train": {"segment_tokens": case.segment}, **case.sections}
@@ -137,6 +162,7 @@ def train(case: Case, group_size: int) -> Outcome:
         lanes=range(group.number * num_lanes, (group.number + 1) * num_lanes),
         segment_tokens=case.segment,
         seed=1,
+        context_tokens=model.settings.context_tokens,
     )
     parameters = dict(model.sidenet.named_parameters())
     losses, gradients, ages = [], [], {}
@@ -147,8 +173,7 @@ def train(case: Case, group_size: int) -> Outcome:
             lanes.skip(group.rank)
             segment = lanes.next_segment()
             lanes.skip(group_size - 1 - group.rank)
-            inputs, targets, documents = map(torch.from_numpy, (segment.tokens, segment.targets, segment.documents))
-            seen = stream.feed(inputs, documents)
+            seen, targets = feed_segment(stream, segment), torch.from_numpy(segment.targets)
             loss = stream.losses(seen, targets, observe_ages=_recorder(ages_seen)).sum() / tokens
             loss.backward()
             total += loss.detach()
@@ -157,7 +182,7 @@ def train(case: Case, group_size: int) -> Outcome:
         _sum(total)
         losses.append(float(total))
         for layer in range(len(model.geometries)):
-            found = gather(np.concatenate(ages_seen.get(layer, [np.zeros(0, dtype=np.int64)])))
+            found = gather_objects(np.concatenate(ages_seen.get(layer, [np.zeros(0, dtype=np.int64)])))
             ages[step, layer] = np.sort(np.concatenate(found))
         gradients.append({name: _gradient(parameter).numpy().copy() for name, parameter in parameters.items()})
         traffic = dict(exchange.traffic)

@@ -56,7 +56,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], Mapping[str, Mapping[str, A
         {},
         r"is not a whole checkpoint; got: JSONDecodeError",
     ),
-    "format": (other_format, {}, r"has another format; got: format 99; expected: format 2; do:"),
+    "format": (other_format, {}, r"has another format; got: format 99; expected: format 2 or 3; do:"),
     "checkpoint gone": (lambda run: shutil.rmtree(run / NEWEST), {}, r"is not a whole checkpoint"),
     "unlisted file": (
         lambda run: shutil.copy(run / MODEL_STATES, run / MODEL_STATES.with_name("mp_rank_01_model_states.pt")),
@@ -248,8 +248,16 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
             {"run": {"resume": checkpoint}, "memory": {"enabled": False}},
             r"belongs to another run; got: memory True; expected: memory False",
         ),
-        "other memory": (
+        "more memory": (
             {"run": {"resume": checkpoint}, "memory": {"tokens": 128}},
+            r"belongs to another run; got: memory tokens 64; expected: memory tokens 128; do: start with",
+        ),
+        "less memory": (
+            {"run": {"resume": checkpoint}, "memory": {"tokens": 32}},
+            r"belongs to another run; got: memory tokens 64; expected: memory tokens 32; do: start with",
+        ),
+        "other chunks": (
+            {"run": {"resume": checkpoint}, "memory": {"chunk_size": 2}},
             r"the stored memory does not fit .*do: resume with the memory.\* settings",
         ),
         "other data": (
@@ -299,7 +307,7 @@ def attempts(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 def test_every_case_is_refused_on_both_ranks_in_words(attempts, subtests):
     found, expected = attempts
-    assert len(expected) == 39
+    assert len(expected) == 41
     for name, words in expected.items():
         with subtests.test(name):
             for number in (0, 1):

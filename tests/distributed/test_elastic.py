@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.checkpoint.export import export
 from pipeline.config.schema import Config
 from pipeline.metrics.record import read_metrics
-from pipeline.model.exported import load_exported
+from pipeline.model.load import load_longmem
 from tests.distributed.elastic_runs import Trained, die_while_converting, logits_of, train_all
 from tests.ranks import RanksFailedError, run_ranks
 from tests.tiny_run import TinyRun
@@ -95,7 +95,7 @@ class Runs:
         output = self.folder / f"exported_{name}_{leg}"
         export(self.folder / name / "checkpoints" / f"step_{STOPS[leg]:08d}", output)
         backbone = AutoModelForCausalLM.from_pretrained(self.tiny_run.backbone, dtype=dtype)
-        model = load_exported(output, backbone)
+        model = load_longmem(output, backbone=backbone)
         model.sidenet.to(dtype)
         return load_file(output / "model.safetensors"), logits_of(model)
 

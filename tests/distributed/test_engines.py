@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.backbone.backbone import identity
 from pipeline.config.schema import Config
 from tests.ranks import run_ranks
+from tests.shards import in_slot_order
 from tests.tiny_run import VOCABULARY, TinyRun
 
 TOLERANCE = 1e-4  # float32 logits of order 10, summed in another order
@@ -29,8 +30,9 @@ def two_engines(config: Config) -> dict[str, Any]:
 
     from pipeline.data.lanes import Lanes
     from pipeline.training.build import build_run
-    from pipeline.training.engines import gather_partitions, partitioned_bytes
+    from pipeline.training.engines import made_whole
     from pipeline.training.loop import train
+    from tests.distributed.engine_runs import partitioned_bytes
 
     torch.set_float32_matmul_precision("high")  # as a container may
     run = build_run(config)
@@ -56,7 +58,7 @@ def two_engines(config: Config) -> dict[str, Any]:
         "held": partitioned_bytes(model.backbone),
         "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in backbone),
         "resting": sum(parameter.numel() for parameter in backbone),
-        "identity_before": identity(model.backbone.model, gather=gather_partitions),
+        "identity_before": identity(model.backbone.model, made_whole=made_whole),
         "weights_before": weights(),
         "optimizer_of_backbone": isinstance(backbone_engine.optimizer, DeepSpeedZeroOptimizer_Stage3),
         "optimizer_numbers": sum(p.numel() for g in run.trainer.engine.optimizer.param_groups for p in g["params"]),
@@ -67,7 +69,7 @@ def two_engines(config: Config) -> dict[str, Any]:
     def step_and_look(number: int, **kwargs: Any) -> Any:
         record = step(number, **kwargs)
         if number == 1:
-            remembered.append(run.bank.state_dict())  # type: ignore[union-attr]
+            remembered.append(in_slot_order(run.bank))  # type: ignore[arg-type]
         return record
 
     run.trainer.step = step_and_look  # type: ignore[method-assign]
@@ -84,10 +86,10 @@ def two_engines(config: Config) -> dict[str, Any]:
     return {
         **result,
         "backbone_after": logits(with_backbone_only=True),
-        "identity_after": identity(model.backbone.model, gather=gather_partitions),
+        "identity_after": identity(model.backbone.model, made_whole=made_whole),
         "weights_after": weights(),
         "remembered": remembered[0],
-        "encoded_again": again.state_dict(),
+        "encoded_again": in_slot_order(again),
         "lanes": lanes.lanes,
     }
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from pipeline.distributed.watch import TimeLimits, Watch
 from pipeline.memory.bank import BankShape, MemoryBank
 from pipeline.memory.exchange import RankGroup
+from pipeline.memory.layer import Geometry
 from pipeline.memory.reader import BankReader
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.positions import PositionEncoding
 from tests.ranks import forks, free_port
 
@@ -61,9 +62,8 @@ def read_and_fail(rank: int, world_size: int, port: int, how: str, culprit: int,
             watch.at(f"step {step}")
             settings = ReadSettings(num_tokens=32, top_k_chunks=2, query_block_tokens=4)
             start = 8 * (world_size * step + rank)
-            reader = BankReader(
-                bank, settings, [geometry], start=start, documents=documents, exchange=RankGroup(dist.group.WORLD)
-            )
+            exchange = RankGroup(dist.group.WORLD)
+            reader = BankReader(bank, settings, [geometry], Reading(start, documents), exchange=exchange)
             if step == 2 and rank == culprit:
                 Path(folder, "begun").write_text(str(time.time()))
                 fail(how)

@@ -67,13 +67,13 @@ def train_with_limits(
 
 def least_and_written(config: Config) -> tuple[int, int]:
     """Trains; what the owners of state say that they will write at least, and what they write."""
-    from pipeline.distributed.ranks import gather
+    from pipeline.distributed.ranks import gather_objects
     from pipeline.training.build import build_run
     from pipeline.training.loop import train
 
     run = build_run(config)
     train(run)
-    least = sum(gather(sum(owner.least_bytes() for owner in run.owners)))
+    least = sum(gather_objects(sum(owner.least_bytes() for owner in run.owners)))
     newest = run.checkpoints.newest()
     assert newest is not None
     return least, sum(entry.size for entry in read_manifest(newest).files.values())

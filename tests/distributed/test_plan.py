@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pipeline.config.schema import Config
 from pipeline.planning.plan import Plan
 from pipeline.planning.traffic import Traffic
-from tests.distributed.sharded_training import Case, train
+from tests.distributed.sharded_training import Case, bank_bytes, banks_made, train
 from tests.ranks import run_ranks
 from tests.tiny_config import tiny_config
 from tests.tiny_models import tiny_model
@@ -35,17 +35,23 @@ READS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def two_engines(config: Config) -> dict[str, Any]:
-    """Trains three steps; the bytes that this rank holds, and those that it sent in the third."""
+    """Trains three steps, evaluates, and trains a fourth; the bytes that this rank holds, those that its engines sent
+    in the third, and those that its reads sent in the fourth."""
+    from eval.perplexity import evaluate
     from pipeline.training.build import build_run
-    from pipeline.training.engines import partitioned_bytes
+    from tests.distributed.engine_runs import partitioned_bytes
 
     with counted() as sent:
         run = build_run(config)
-        assert run.bank is not None
+        assert run.bank is not None and run.stores.validation is not None
         for step in (1, 2):  # ZeRO-3 learns in the first passes what to keep
             run.trainer.step(step)
         sent.update({kind: 0 for kind in sent})
-        traffic = run.trainer.step(3).traffic
+        run.trainer.step(3)
+        in_a_step = dict(sent)
+    with banks_made() as banks:
+        evaluate(run.model, run.stores.validation, config, group=run.group)
+    traffic = run.trainer.step(4).traffic
     optimizer = run.trainer.engine.optimizer
     masters = [part for group in optimizer.param_groups for part in group["params"]]
     moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
@@ -53,9 +59,10 @@ def two_engines(config: Config) -> dict[str, Any]:
         "backbone partition": partitioned_bytes(run.model.backbone),
         "SideNet": sum(parameter.nbytes for parameter in run.model.sidenet.parameters()),
         "optimizer": sum(t.nbytes for t in (*masters, *moments)),
-        "memory bank": sum(t.nbytes for s in run.bank.layers for t in (s.keys, s.values, s.chunk_keys)),
+        "memory bank": bank_bytes(run.bank),
+        "evaluation's memory": max(banks),
         "traffic": traffic,
-        "sent": sent,
+        "sent": in_a_step,
     }
 
 
@@ -111,8 +118,8 @@ def test_bytes_are_what_the_ranks_hold(measured):
     config, ranks = measured
     plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
     for found in ranks:
-        assert found["memory bank"] == plan.part("memory bank").num_bytes
-        assert found["SideNet"] == plan.part("SideNet").num_bytes
+        for name in ("memory bank", "evaluation's memory", "SideNet"):
+            assert found[name] == plan.part(name).num_bytes
         for name in ("backbone partition", "optimizer"):
             assert found[name] == pytest.approx(plan.part(name).num_bytes, rel=TOLERANCE)
 

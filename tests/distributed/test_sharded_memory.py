@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.sharded_training import CLEAR_CHOICE, SEGMENT, Case, Outcome, train, train_all, train_and_measure
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(600)  # one fixture trains every case, at its third world beside other tests
+pytestmark = pytest.mark.timeout(600)  # one fixture trains every case on one, two and four ranks, beside other tests
 TOLERANCE = 1e-5  # float32; partial results are added in another order
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
 LATER_TOLERANCE = 5e-4  # the same once weights differ in their last bits
@@ -28,10 +28,12 @@ def deep(family: str = "llama", *, sidenet: Mapping[str, Any] | None = None, **c
         for name in ("vocabulary", "steps", "lanes", "token_seed", "learning_rate")
         if name in changes
     }
-    sections = {"memory": {**MEMORY, **changes}, "sidenet": {**DEEP, **(sidenet or {})}}
+    backbone = {"context_tokens": changes.pop("context_tokens", 0)}
+    sections = {"backbone": backbone, "memory": {**MEMORY, **changes}, "sidenet": {**DEEP, **(sidenet or {})}}
     return Case(family, sections, **extra)
 
 
+WINDOW_ONLY = "window_of_everything"
 # The seeds are those of texts in which every choice is clear.
 CASES: Mapping[str, Case] = {
     "lane_clamp": deep(position="clamp:40", token_seed=6),
@@ -50,6 +52,22 @@ CASES: Mapping[str, Case] = {
     "odd_memory": deep(tokens=44, position="true", chunk_size=2, token_seed=7),
     "memory_of_one_segment": deep(tokens=16, position="clamp:8", token_seed=1),
     "memory_larger_than_text": deep(tokens=4096, position="true", token_seed=15),
+    "shared": deep(position="clamp:40", retrieve_for="kv_head"),
+    "shared_group_ties": deep(position="none", retrieve_for="kv_head", scope="group", vocabulary=3, token_seed=6),
+    "context_sink_window": deep(
+        position="clamp:40", context_tokens=10, sink=True, window_tokens=24, retrieve_for="kv_head"
+    ),
+    "context_sink_window_document": deep(
+        position="true",
+        context_tokens=20,
+        sink=True,
+        window_tokens=40,
+        scope="document",
+        sidenet={"activation_checkpointing": True},
+    ),
+    "window_group_gate": deep("gpt2", scope="group", window_tokens=8, sidenet={"fusion": "gate"}, token_seed=83),
+    "window_alibi": deep("bloom", position="clamp:40", window_tokens=64, sink=True, token_seed=1),
+    WINDOW_ONLY: deep(position="none", window_tokens=96, context_tokens=16),
     # Weights stand still, and one layer reads: the same queries to the last bit, however narrow the choice.
     "still": Case("llama", {"memory": MEMORY, "sidenet": UNIFORM}, steps=8, learning_rate=0.0),
     "still_group_ties": Case(
@@ -101,7 +119,9 @@ def check_choices(outcome: Outcome) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_sharding_changes_nothing(outcomes: dict[int, dict[str, list[Outcome]]], name: str, size: int) -> None:
     expected = outcomes[1][name][0]
-    if CASES[name].learning_rate > 0:
+    if name == WINDOW_ONLY:
+        assert not any(map(len, expected.ages.values())), "the window is all that is remembered"
+    elif CASES[name].learning_rate > 0:
         check_choices(expected)
     for got in outcomes[size][name]:
         check_equal(expected, got)

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from pipeline.memory.bank import BankShape, MemoryBank
 from pipeline.memory.exchange import Alone, Exchange, RankGroup
+from pipeline.memory.layer import Geometry
 from pipeline.memory.reader import BankReader
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.positions import PositionEncoding, PositionRule
 from tests.ranks import run_ranks
 
@@ -90,14 +91,8 @@ def read(
         if spoiled and index == first:
             query[:, :, 3] = torch.nan
         query.requires_grad_()
-        reader = BankReader(
-            bank,
-            settings,
-            [Geometry(encoding, DIM**-0.5)],
-            start=index * SEGMENT,
-            documents=documents,
-            exchange=exchange,
-        )
+        reading = Reading(index * SEGMENT, documents)
+        reader = BankReader(bank, settings, [Geometry(encoding, DIM**-0.5)], reading, exchange=exchange)
         exchange.traffic.clear()
         found = reader.read(0, query)
         (found.values.square().sum() + found.log_sum_exp.sum()).backward()

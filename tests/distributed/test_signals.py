@@ -146,20 +146,19 @@ def asked_while_loading(config: Config) -> None:
     """Rank 1 gets a signal while weights are loaded; rank 0 hears of it in a collective."""
     from pipeline.distributed.ranks import rank
     from pipeline.distributed.signals import Signals
-    from pipeline.training.build import build_run
-    from pipeline.training.engines import Engines
+    from pipeline.training import build
 
-    load: Callable[[Any], Any] = Engines.load
+    load: Callable[..., Any] = build.load_backbone
 
-    def load_slowly(engines: Any) -> Any:
+    def load_slowly(*args: Any, **kwargs: Any) -> Any:
         if rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(600)
-        return load(engines)
+        return load(*args, **kwargs)
 
-    Engines.load = load_slowly  # type: ignore[method-assign,assignment]
+    build.load_backbone = load_slowly
     with Signals() as signals:
-        build_run(config, signals=signals)
+        build.build_run(config, signals=signals)
 
 
 @pytest.mark.parametrize(

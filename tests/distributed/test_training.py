@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eval.report import CONDITIONS
 from pipeline.config.schema import Config
 from pipeline.data.lanes import Lanes
 from pipeline.data.store import TokenStore
@@ -283,14 +284,14 @@ def test_without_memory_nothing_is_remembered_and_gates_stay(one):
     records = one["no memory"]["metrics"]
     assert set(of(records, "memory_fill")) == {0.0} and set(of(records, "gate_mean")) == {1.0}
     assert set(of(records, "memory_share")) == {0.0}
-    assert set(one["no memory"]["evaluation"]["conditions"]) == {"backbone", "memory_off"}
+    assert set(one["no memory"]["evaluation"]["conditions"]) == {"backbone", "memory_off", "longest_window"}
 
 
 def test_every_run_is_evaluated_at_its_end(one):
     for name in OPTIONS:
         assert one[name]["evaluation"]["step"] == STEPS
         assert one[name]["evaluations"] == (3 if name == "evaluating" else 1)  # after steps 2, 4 and 5
-    assert set(one["base"]["evaluation"]["conditions"]) == {"backbone", "memory_off", "memory_on", "other_memory"}
+    assert set(one["base"]["evaluation"]["conditions"]) == {name for name in CONDITIONS if name != "window_only"}
     assert one["evaluating"]["evaluation"]["conditions"] == one["base"]["evaluation"]["conditions"]
 
 

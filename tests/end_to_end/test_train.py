@@ -13,6 +13,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eval.report import CONDITIONS
 from pipeline.config.load import load_config
 from pipeline.metrics.record import read_metrics
 from tests.ranks import free_port
@@ -76,7 +77,7 @@ def test_a_run_folder_holds_what_was_asked_what_ran_and_what_came_out(finished, 
     assert [record["step"] for record in read_metrics(finished)] == [1, 2, 3, 4]
     report = json.loads((finished / "evaluation.json").read_text())
     assert report["step"] == STEPS
-    assert set(report["conditions"]) == {"backbone", "memory_off", "memory_on", "other_memory"}
+    assert set(report["conditions"]) == {name for name in CONDITIONS if name != "window_only"}
     assert (finished / "checkpoints" / "latest").read_text() == "step_00000004"
     known = {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints", "status.json", "lock"}
     status = json.loads((finished / "status.json").read_text())

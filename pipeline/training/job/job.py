@@ -50,16 +50,7 @@ class Job:
             signals.unless(self._is_ending)
 
     def begin(self, step: int) -> None:
-        """The run folder may be used. A run that goes on holds it from now; a new one first by `claim`.
-
-        Collective: every rank must call it.
-
-        Args:
-            step: Optimizer steps done before.
-
-        Raises:
-            TrainingError: Another job writes into the folder.
-        """
+        """Takes the folder of a run that goes on; a new one's is taken by `claim`. Raises TrainingError. Collective."""
         if is_claimed(self.folder):
             on_rank_zero(self._lock.acquire)
         self.status.begin(step, world_size=world_size(), write=rank() == 0 and is_claimed(self.folder))
@@ -89,31 +80,16 @@ class Job:
         self.status.begin(step, world_size=world_size(), write=rank() == 0)
 
     def check_folder(self) -> None:
-        """Checks that the run folder is still there: what is open stays writable, and the steps would be lost.
-
-        Raises:
-            TrainingError: It is not; on rank 0 only.
-        """
+        """Raises TrainingError on rank 0 if the run folder is gone: open files stay writable, steps would be lost."""
         if rank() == 0 and is_gone(self.folder):
             raise gone(self.folder)
 
     def after_step(self, step: int) -> None:
-        """Gives a sign of life.
-
-        Args:
-            step: Optimizer steps done.
-        """
+        """Gives a sign of life after an optimizer step."""
         self.status.at(step, write=rank() == 0)
 
     def end(self, state: Literal["finished", "preempted"], reason: str | None) -> None:
-        """The job has done its work.
-
-        Collective: every rank must call it.
-
-        Args:
-            state: How it ended.
-            reason: Why it is not finished, or None.
-        """
+        """The job has done its work; `reason`: why it is not finished, or None. Collective: every rank must call it."""
         if rank() == 0:
             self.status.end(state, reason)
         with suppress(RuntimeError):  # all is done: a rank that is lost now is lost to nobody

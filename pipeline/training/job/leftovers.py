@@ -30,11 +30,7 @@ class DyingLock:
         self._file = os.open(f"{lock_file_path}.flock", os.O_CREAT | os.O_RDWR, 0o666)
 
     def try_acquire(self) -> bool:
-        """Takes the lock if nobody has it.
-
-        Returns:
-            Whether it is taken.
-        """
+        """Takes the lock if nobody has it; says whether it is taken."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,10 +53,7 @@ def lock_extensions_for_life() -> None:
 
 
 def unlink_shared_buffers() -> None:
-    """Removes the names of DeepSpeed's shared memory once every rank has it open: it then ends with its last user.
-
-    Collective: every rank must call it, after `deepspeed.init_distributed`.
-    """
+    """Has DeepSpeed's shared memory end with its last user: removes its names, once all have it open. Collective."""
     barrier()
     job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     (_SHARED_MEMORY / f"deepspeed_allreduce_buffer_{job}_{rank()}").unlink(missing_ok=True)

@@ -48,28 +48,12 @@ CHANGEABLE = {
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a run has written into a folder.
-
-    Args:
-        folder: The run folder; may be missing.
-
-    Returns:
-        The answer.
-    """
+    """Whether a run has written into a folder, which may be missing."""
     return (folder / _CONFIG_NAME).is_file()
 
 
 def check_folder(folder: Path, config: Config) -> None:
-    """Checks that the run may use its folder; leaves it as it is.
-
-    Args:
-        folder: The run folder; may be missing.
-        config: The run's settings.
-
-    Raises:
-        TrainingError: It holds a run of another configuration, a run that is not to be resumed, or something else; or
-            nothing can be written there.
-    """
+    """Checks that a run may use its folder; leaves it as it is. Raises TrainingError."""
     try:
         _check_holds(folder, config)
         _check_writable(folder)
@@ -101,14 +85,7 @@ def _check_holds(folder: Path, config: Config) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Makes a folder where the run will write, and removes it: permissions and mounts are known only by trying.
-
-    Args:
-        folder: The run folder; may be missing.
-
-    Raises:
-        OSError: It cannot be made.
-    """
+    """Makes a folder where the run will write, and removes it: permissions and mounts are known only by trying."""
     with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(folder)  # tells names that are too long
     place = folder
@@ -120,15 +97,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def unusable(folder: Path, error: OSError) -> TrainingError:
-    """What is said when nothing can be written into a run folder.
-
-    Args:
-        folder: The run folder.
-        error: What the system said.
-
-    Returns:
-        The error.
-    """
+    """What is said when nothing can be written into a run folder."""
     return TrainingError(
         "run.output_dir cannot be used",
         got=f"{folder} ({error})",
@@ -138,15 +107,7 @@ def unusable(folder: Path, error: OSError) -> TrainingError:
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Writes configuration and versions into the run folder; called when nothing but training is left to do.
-
-    Args:
-        folder: The run folder; made if missing.
-        config: The run's settings.
-
-    Raises:
-        TrainingError: As `check_folder`.
-    """
+    """Writes configuration and versions, once only training is left to do. Raises TrainingError as `check_folder`."""
     check_folder(folder, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,14 +119,7 @@ def claim(folder: Path, config: Config) -> None:
 
 
 def is_gone(folder: Path) -> bool:
-    """Whether a run folder that was claimed is there no more: removed, or emptied, while the run trains.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        The answer; False where the system does not say.
-    """
+    """Whether a claimed run folder is there no more: removed, or emptied, while the run trains."""
     try:
         os.stat(folder / _CONFIG_NAME)
     except (FileNotFoundError, NotADirectoryError):
@@ -176,14 +130,7 @@ def is_gone(folder: Path) -> bool:
 
 
 def gone(folder: Path) -> TrainingError:
-    """What is said then.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        The error.
-    """
+    """What is said when the run folder is gone."""
     return TrainingError(
         "the run folder was removed while the run trained, or its settings were: the run ends",
         got=f"{folder} without {_CONFIG_NAME}",

@@ -70,14 +70,7 @@ class RunLock:
 
 
 def is_held(folder: Path) -> bool | None:
-    """Whether a job holds the lock of a run folder.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        The answer; None if that cannot be known here.
-    """
+    """Whether a job holds the lock of a run folder; None if that cannot be known here."""
     try:
         # Opening a pipe, if somebody put one there, would wait for a writer.
         with open(os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:

@@ -66,17 +66,7 @@ class Status(Typed):
 
 
 def read_status(folder: Path) -> Status | None:
-    """Reads how a run goes.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        Its status, or None: there is none.
-
-    Raises:
-        DataError: status.json holds something else.
-    """
+    """The status of a run; None if it has none. Raises DataError: status.json holds something else."""
     path = folder / STATUS_NAME
     try:
         return Status.model_validate(parse_json(read_small(path)))
@@ -110,35 +100,19 @@ class StatusFile:
         self._lock = threading.RLock()
 
     def begin(self, step: int, *, world_size: int, write: bool) -> None:
-        """The folder is this run's.
-
-        Args:
-            step: Optimizer steps done.
-            world_size: Number of ranks.
-            write: Whether this rank writes while the run goes well; every rank may write its end.
-        """
+        """The folder is this run's. `write`: this rank writes while the run goes well; every rank may write its end."""
         self._step, self._world_size, self._has_begun = step, world_size, True
         if write:
             self._write("running", None)
 
     def at(self, step: int, *, write: bool) -> None:
-        """Gives a sign of life, if the last one is older than `EVERY_S`.
-
-        Args:
-            step: Optimizer steps done.
-            write: As in `begin`.
-        """
+        """Gives a sign of life, if the last one is older than `EVERY_S`."""
         self._step = step
         if write and time.monotonic() - self._written_at >= EVERY_S:
             self._write("running", None)
 
     def end(self, state: State, reason: str | None) -> None:
-        """The run is over.
-
-        Args:
-            state: How it ended.
-            reason: Why; None if it is finished.
-        """
+        """The run is over; the reason is None if it is finished."""
         with self._lock:
             if not self._has_ended:
                 self._write(state, reason)

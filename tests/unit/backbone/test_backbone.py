@@ -80,29 +80,29 @@ def test_identity_is_of_names_shapes_and_bytes() -> None:
 
 def test_partitioned_parameters_are_gathered_one_by_one_for_identity() -> None:
     model = tiny_model("gpt2", layers=1)
-    gathered: list[nn.Parameter] = []
+    seen: list[nn.Parameter] = []
 
     @contextmanager
-    def gather(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        gathered.extend(parameters)
+    def made_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        seen.extend(parameters)
         yield
 
-    assert identity(model, gather=gather) == identity(model)
-    assert [id(p) for p in gathered] == [id(p) for p in model.parameters()]
+    assert identity(model, made_whole=made_whole) == identity(model)
+    assert [id(p) for p in seen] == [id(p) for p in model.parameters()]
 
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_the_head_alone_is_made_whole(family: str) -> None:
     model = tiny_model(family, layers=1)
-    gathered: list[int] = []
+    seen: list[int] = []
 
     @contextmanager
-    def gather(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        gathered.extend(id(parameter) for parameter in parameters)
+    def made_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        seen.extend(id(parameter) for parameter in parameters)
         yield
 
-    backbone = Backbone(model, gather=gather)
+    backbone = Backbone(model, made_whole=made_whole)
     with backbone.head_parameters() as (weight, bias):
         assert weight is model.get_output_embeddings().weight
         assert bias is None
-    assert gathered == [id(weight)]
+    assert seen == [id(weight)]

@@ -104,7 +104,7 @@ def test_every_owner_gets_back_what_it_saved(tmp_path):
 def test_the_manifest_names_every_file(tmp_path):
     path = save(checkpoints(tmp_path), 7, [Counter("one", 11)])
     content = {
-        "format": 2,
+        "format": 3,
         "step": 7,
         "world_size": 1,
         "group_size": 1,
@@ -324,7 +324,7 @@ DAMAGE = [
     (flip_manifest, "is not a whole checkpoint; got: ValueError"),
     (write_manifest("[]"), "is not a whole checkpoint; got: TypeError"),
     (write_manifest('{"format": 1, "st'), "is not a whole checkpoint; got: JSONDecodeError"),
-    (write_manifest('{"format": 2}'), "is not a whole checkpoint; got: KeyError at manifest"),
+    (write_manifest('{"format": 3}'), "is not a whole checkpoint; got: KeyError at manifest"),
     (shutil.rmtree, "is not a whole checkpoint; got: FileNotFoundError .*expected: a folder step_.*do: give"),
 ]
 
@@ -465,11 +465,15 @@ def test_another_run_or_format_is_refused_whatever_older_ones_there_are(tmp_path
         other.load(path, [], or_older=True)
     with pytest.raises(CheckpointError, match=words):
         other.newest()
-    (path / "manifest.json").write_text(manifest_text({"format": 3}))
-    with pytest.raises(CheckpointError, match="another format; got: format 3; expected: format 2; do: resume it with"):
+    (path / "manifest.json").write_text(manifest_text({"format": 4}))
+    with pytest.raises(
+        CheckpointError, match="another format; got: format 4; expected: format 2 or 3; do: resume it with"
+    ):
         found.newest()
     (path / "manifest.json").write_text('{"format": 1}')  # it had no hash of its own
-    with pytest.raises(CheckpointError, match="another format; got: format 1; expected: format 2; do: resume it with"):
+    with pytest.raises(
+        CheckpointError, match="another format; got: format 1; expected: format 2 or 3; do: resume it with"
+    ):
         found.newest()
 
 
@@ -542,7 +546,7 @@ def test_what_a_manifest_leaves_out_is_named(tmp_path, key):
         found.check(path)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"format": 2, "a": ' + "[" * 5000, "\ud800"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"format": 3, "a": ' + "[" * 5000, "\ud800"])
 def test_a_manifest_of_garbage_is_damage(tmp_path, text):
     found = checkpoints(tmp_path)
     path = save(found, 7)

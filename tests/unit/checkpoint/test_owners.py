@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,87 +12,12 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoint.folder import SavedWorld
 from pipeline.checkpoint.manifest import DamageError
-from pipeline.checkpoint.owners import LanesOwner, MemoryOwner, RandomOwner
-from pipeline.checkpoint.reshard import rank_file
+from pipeline.checkpoint.owners import LanesOwner, RandomOwner
+from pipeline.checkpoint.rank_files import rank_file
 from pipeline.data.lanes import Lanes
-from pipeline.errors import CheckpointError, DataError
-from pipeline.memory.bank import BankShape, MemoryBank
-from pipeline.memory.place import ShardPlace, Turn
-from tests import shards
-from tests.shards import place_of
-from tests.tiny_longmem import bank_bytes
+from pipeline.errors import DataError
 
 ALONE = SavedWorld(world_size=1, group_size=1)
-SHAPE = BankShape(num_layers=2, num_lanes=2, num_kv_heads=2, head_dim=4, num_chunks=5, chunk_size=2)
-
-
-def filled_bank(num_segments=4):
-    bank, generator = MemoryBank(SHAPE, dtype=torch.bfloat16, device=torch.device("cpu")), torch.Generator()
-    for segment in range(num_segments):  # 4 chunks of 5: the ring goes round
-        memory = [tuple(torch.randn(2, 2, 4, 4, generator=generator) for _ in range(2)) for _ in range(2)]
-        bank.append(memory, start=4 * segment, documents=torch.full((2, 4), segment))  # type: ignore[arg-type]
-    return bank
-
-
-def owner_of(bank, *, store=True, replay=None):
-    place = ShardPlace(lanes=(0, 1), num_lanes=2, turn=Turn(0, 1, 4), num_tokens=6)
-    return MemoryOwner(bank, place, store=store, replay=replay or pytest.fail)
-
-
-@pytest.mark.parametrize("num_segments", [0, 1, 4])
-def test_memory_comes_back_bit_for_bit(tmp_path, num_segments):
-    bank, other = filled_bank(num_segments), filled_bank(2)
-    owner_of(bank).save(tmp_path)()
-    owner_of(other).load(tmp_path, ALONE)
-    left, right = bank.state_dict(), other.state_dict()
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    more = [(torch.ones(2, 2, 4, 4), torch.ones(2, 2, 4, 4))] * 2
-    for each in (bank, other):
-        each.append(more, start=16, documents=torch.full((2, 4), 9))
-    if num_segments == 4:  # nothing that is empty in one bank holds old numbers in the other
-        assert bank_bytes(in_float32(bank)) == bank_bytes(in_float32(other))
-
-
-def in_float32(bank):
-    copy = MemoryBank(SHAPE, dtype=torch.float32, device=torch.device("cpu"))
-    copy.load_state_dict(
-        {name: tensor.float() if "." in name else tensor for name, tensor in bank.state_dict().items()}
-    )
-    return copy
-
-
-def test_memory_of_another_shape_is_refused(tmp_path):
-    owner_of(filled_bank()).save(tmp_path)()
-    other = MemoryBank(SHAPE, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="stored memory does not fit a bank .*do: resume with the memory"):
-        owner_of(other).load(tmp_path, ALONE)
-
-
-def test_memory_that_is_not_stored_is_read_again_whatever_the_setting(tmp_path):
-    replayed = []
-    assert owner_of(filled_bank(), store=False).save(tmp_path) is None
-    assert not list(tmp_path.iterdir())
-    for store in (True, False):
-        owner_of(filled_bank(), store=store, replay=lambda: replayed.append(1)).load(tmp_path, ALONE)
-    assert len(replayed) == 2
-
-
-def test_memory_that_is_stored_is_loaded_whatever_the_setting(tmp_path):
-    bank, other = filled_bank(), filled_bank(1)
-    owner_of(bank).save(tmp_path)()
-    owner_of(other, store=False).load(tmp_path, ALONE)
-    assert other.end == bank.end
-
-
-def test_memory_of_other_ranks_is_split_anew(tmp_path):
-    for rank in range(2):  # two groups of one rank and one lane each
-        place = place_of(rank, world_size=4, group_size=1, num_tokens=30)
-        save_file(shards.filled_bank(place, num_segments=8).state_dict(), rank_file(tmp_path, rank))
-    wide = replace(place_of(0, world_size=2, group_size=1, num_tokens=30), num_lanes=2)
-    bank, own = shards.empty_bank(wide), shards.filled_bank(wide, num_segments=8)
-    MemoryOwner(bank, wide, store=True, replay=pytest.fail).load(tmp_path, SavedWorld(2, 1))
-    sight = {"end": 64, "num_tokens": 30}
-    shards.assert_same(shards.visible(bank, **sight), shards.visible(own, **sight))
 
 
 class Documents:
@@ -234,36 +158,3 @@ def test_torch_generators_of_another_shape_are_damage(tmp_path, tensors):
     save_file(tensors, tmp_path / "rank_00000.safetensors")
     with pytest.raises(DamageError, match="rank_00000.safetensors holds something else; got: "):
         RandomOwner().check(tmp_path, ALONE)
-
-
-SHARD = [
-    lambda state: state.pop("positions"),
-    lambda state: state.update(slots=state["slots"] + 3),
-    lambda state: state.update(slots=state["slots"] * 0),
-    lambda state: state.update(slots=state["slots"].float()),
-    lambda state: state.update(positions=state["positions"] - 100),
-    lambda state: state.update(positions=state["positions"][:-1]),
-    lambda state: state.update(documents=state["documents"][0]),
-    lambda state: state.update(next_slot=torch.tensor(99)),
-    lambda state: state.update(num_chunks=torch.tensor([1, 2])),
-]
-
-
-@pytest.mark.parametrize("change", SHARD)
-def test_a_shard_whose_places_contradict_each_other_is_damage(tmp_path, change):
-    owner, state = owner_of(filled_bank()), filled_bank().state_dict()
-    save_file(state, rank_file(tmp_path, 0))
-    owner.check(tmp_path, ALONE)
-    change(state)
-    save_file(state, rank_file(tmp_path, 0))
-    with pytest.raises(DamageError, match="rank_00000.safetensors holds something else; got: "):
-        owner.check(tmp_path, ALONE)
-
-
-def test_a_shard_of_a_rank_that_is_missing_is_damage(tmp_path):
-    save_file(filled_bank().state_dict(), rank_file(tmp_path, 0))
-    with pytest.raises(DamageError, match=r"rank_00001.safetensors holds something else; got: FileNotFoundError"):
-        owner_of(filled_bank()).check(tmp_path, SavedWorld(2, 1))
-    (tmp_path / "rank_00000.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(DamageError, match=r"rank_00000.safetensors holds something else; got: SafetensorError"):
-        owner_of(filled_bank()).check(tmp_path, ALONE)

@@ -127,10 +127,7 @@ def test_settings_are_frozen(make: Make) -> None:
 
 
 def test_derived_numbers(make: Make) -> None:
-    config = make(
-        "--train.segments_per_step=3", "--train.segment_tokens=16", "--memory.top_k_tokens=20", "--memory.tokens=400"
-    )
-    assert config.train.tokens_per_step(lanes=5) == 240
+    config = make("--memory.top_k_tokens=20", "--memory.tokens=400")
     assert (config.memory.top_k_chunks, config.memory.num_chunks) == (5, 100)
 
 

@@ -38,6 +38,10 @@ Make = Callable[..., Config]
         ("--train.segment_tokens=6", "train.segment_tokens is not a multiple of memory.chunk_size; got: 6 and 4"),
         ("--memory.position=fixed:0", "memory.position is not valid; got: 'fixed:0'; expected: `none`, `true`, `fixed"),
         ("--memory.position=clamp", "memory.position is not valid; got: 'clamp'"),
+        *(
+            (f"--memory.position={text}", f"memory.position is not valid; got: '{text}'")
+            for text in ("None", "fixed:-3", "clamp:", "clamp:1.5", "true:3", "clamp:07")
+        ),
         ("--sidenet.memory_layers=[]", "sidenet.memory_layers is not valid; got: []; expected: `all`, null, or a list"),
         ("--sidenet.memory_layers=[0]", "sidenet.memory_layers is not valid; got: [0]"),
         ("--sidenet.memory_layers=[2, 2]", "sidenet.memory_layers is not valid; got: [2, 2]"),
@@ -93,6 +97,10 @@ def test_memory_layer_beyond_the_sidenet(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"names a layer .* got: 7; expected: 1 to sidenet.num_layers 6"):
         make("--sidenet.memory_layers=[7, 2]", "--sidenet.num_layers=6")
     assert make("--sidenet.memory_layers=[6]", "--sidenet.num_layers=6").sidenet.memory_layers == (6,)
+    with pytest.raises(
+        ConfigError, match=r"faiss finds chunks for single heads only; got: .*kv_head; do: set memory.search"
+    ):
+        make("--memory.search=faiss", "--memory.retrieve_for=kv_head")
 
 
 @pytest.mark.parametrize(

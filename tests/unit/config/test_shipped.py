@@ -58,8 +58,9 @@ def test_deepspeed_itself_accepts_every_engine_file(make: Callable[..., Config],
 
 def test_paper_and_deep_are_the_profiles_of_the_design() -> None:
     paper = load_config(REPOSITORY / "configs" / "paper.yaml")
-    assert paper.data.lanes * paper.train.segments_per_step == 256
-    assert paper.train.steps * paper.train.tokens_per_step(paper.data.lanes) == pytest.approx(26e9, rel=0.02)
+    num_segments = paper.data.lanes * paper.train.segments_per_step
+    assert num_segments == 256
+    assert paper.train.steps * num_segments * paper.train.segment_tokens == pytest.approx(26e9, rel=0.02)
     assert (paper.sidenet.layout, paper.sidenet.fusion, paper.memory.position) == ("uniform", "gate", "none")
     for name in ("deep.yaml", "quickstart.yaml"):
         deep = load_config(REPOSITORY / "configs" / name)

@@ -26,14 +26,21 @@ class Documents:
         return whole[start:stop]
 
 
-def make(lengths, *, num_lanes=1, lanes=None, segment_tokens=4, seed=7):
+def make(lengths, *, num_lanes=1, lanes=None, segment_tokens=4, seed=7, context_tokens=0):
     chosen = range(num_lanes) if lanes is None else lanes
-    return Lanes(Documents(lengths), num_lanes=num_lanes, lanes=chosen, segment_tokens=segment_tokens, seed=seed)
+    return Lanes(
+        Documents(lengths),
+        num_lanes=num_lanes,
+        lanes=chosen,
+        segment_tokens=segment_tokens,
+        seed=seed,
+        context_tokens=context_tokens,
+    )
 
 
 def assert_equal(left: Segment, right: Segment):
-    assert (left.start, left.index, left.lanes) == (right.start, right.index, right.lanes)
-    for name in ("tokens", "targets", "documents", "document_positions"):
+    assert left.start == right.start
+    for name in ("tokens", "targets", "documents"):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
 
 
@@ -45,6 +52,26 @@ JOBS = st.fixed_dictionaries(
         "seed": st.integers(0, 5),
     }
 )
+
+
+@settings(max_examples=40, deadline=None)
+@given(job=JOBS, context_tokens=st.integers(1, 30), size=st.integers(1, 3))
+def test_context_is_what_came_before_in_the_lane_whoever_read_it(job, context_tokens, size):
+    """Ranks of a group read segments in turn; each is given the tokens before its own, over documents and epochs."""
+    length = job["segment_tokens"]
+    plain = make(**job)
+    segments = [plain.next_segment() for _ in range(12)]
+    tokens, documents = (
+        np.concatenate([getattr(segment, name) for segment in segments], axis=1) for name in ("tokens", "documents")
+    )
+    for rank in range(size):
+        lanes = make(**job, context_tokens=context_tokens)
+        for index in range(rank, 12, size):
+            found = lanes.next_of_group(rank, size)
+            assert_equal(found, segments[index])
+            before = slice(max(0, index * length - context_tokens), index * length)
+            np.testing.assert_array_equal(found.context_tokens, tokens[:, before])
+            np.testing.assert_array_equal(found.context_documents, documents[:, before])
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +91,6 @@ def test_a_lane_is_its_documents_whole_and_in_order_epoch_after_epoch(job):
                 segment.tokens[lane].tolist(),
                 segment.targets[lane].tolist(),
                 segment.documents[lane].tolist(),
-                segment.document_positions[lane].tolist(),
                 strict=True,
             )
         ]
@@ -77,7 +103,7 @@ def test_a_lane_is_its_documents_whole_and_in_order_epoch_after_epoch(job):
                     break
                 token = document * 1000 + position
                 target = token + 1 if position + 1 < lengths[document] else IGNORED_TARGET
-                assert stream[place] == (token, target, len(read) * num_lanes + lane, position)
+                assert stream[place] == (token, target, len(read) * num_lanes + lane)
                 place += 1
             read.append(document)
         num_own = len(dealt[lane])
@@ -146,8 +172,7 @@ def test_splitting_lanes_over_ranks_changes_nothing():
         whole = together.next_segment()
         for lane, own in enumerate(apart):
             part = own.next_segment()
-            assert part.lanes == (lane,)
-            for name in ("tokens", "targets", "documents", "document_positions"):
+            for name in ("tokens", "targets", "documents"):
                 np.testing.assert_array_equal(getattr(part, name)[0], getattr(whole, name)[lane])
 
 
@@ -170,15 +195,13 @@ def test_a_segment_by_hand():
     segment = lanes.next_segment()
     first = int(segment.tokens[0, 0] // 1000)
     expected = {
-        0: ([0, 1, 2, 1000], [1, 2, -100, 1001], [0, 0, 0, 1], [0, 1, 2, 0]),
-        1: ([1000, 1001, 0, 1], [1001, -100, 1, 2], [0, 0, 1, 1], [0, 1, 0, 1]),
+        0: ([0, 1, 2, 1000], [1, 2, -100, 1001], [0, 0, 0, 1]),
+        1: ([1000, 1001, 0, 1], [1001, -100, 1, 2], [0, 0, 1, 1]),
     }[first]
-    got = (segment.tokens, segment.targets, segment.documents, segment.document_positions)
+    got = (segment.tokens, segment.targets, segment.documents)
     assert tuple(array[0].tolist() for array in got) == expected
     assert all(array.dtype == np.int64 and array.shape == (1, 4) for array in got)
-    assert (segment.start, segment.index) == (0, 0)
-    following = lanes.next_segment()
-    assert (following.start, following.index) == (4, 1)
+    assert (segment.start, lanes.next_segment().start) == (0, 4)
 
 
 def test_every_epoch_and_every_seed_has_its_own_order():

@@ -322,11 +322,9 @@ def test_an_empty_split_is_an_error(folder):
 
 def test_another_tokenizer_is_an_error_that_names_both(folder, tmp_path):
     store = TokenStore.open(folder)
-    check_tokenizer(store, "ab" * 32)
-    with pytest.raises(DataError, match="identity cdcdcd.*expected: 'some/model' with 300 ids, identity ababab"):
-        check_tokenizer(store, "cd" * 32)
     other = save_tiny_tokenizer(tmp_path / "other", vocab_size=260)
-    with pytest.raises(DataError, match="made with another tokenizer.*with 260 ids.*expected: 'some/model'"):
+    expected = "made with another tokenizer.*with 260 ids.*expected: 'some/model' with 300 ids, identity ababab"
+    with pytest.raises(DataError, match=expected):
         check_tokenizer(store, other)
 
 
@@ -338,8 +336,6 @@ def test_held_out_documents_are_long_enough_and_a_larger_count_keeps_a_smallers(
     chosen = [set(held_out_documents(store, count=count, min_tokens=1)) for count in (1, 2, 3, 4)]
     assert [len(documents) for documents in chosen] == [1, 2, 3, 4]
     assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
-    seeds = {tuple(held_out_documents(store, count=1, min_tokens=1, seed=seed)) for seed in range(20)}
-    assert len(seeds) > 1
 
 
 def test_held_out_documents_all_too_short_is_an_error(folder):

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.distributed.ranks import barrier, check_agreement, gather, on_rank_zero, rank, together, world_size
+from pipeline.distributed.ranks import (
+    barrier,
+    check_agreement,
+    gather_objects,
+    on_rank_zero,
+    rank,
+    together,
+    world_size,
+)
 from pipeline.errors import DataError, LongMemError, TrainingError
 from tests.ranks import run_ranks
 
@@ -32,7 +40,7 @@ def two_ranks() -> dict[str, Any]:
     barrier()
     return {
         "rank": (rank(), world_size()),
-        "gather": gather({"rank": rank()}),
+        "gather": gather_objects({"rank": rank()}),
         "fine": caught(lambda: together(fail_on(error=DataError("no")))),
         "all fail alike": caught(lambda: together(fail_on(0, 1, error=DataError("no such store")))),
         "one fails": caught(lambda: together(fail_on(1, error=DataError("no such store")))),
@@ -70,7 +78,7 @@ def test_two_ranks_agree_and_fail_together():
 
 
 def test_without_process_group_there_is_one_rank():
-    assert (rank(), world_size(), gather(5)) == (0, 1, [5])
+    assert (rank(), world_size(), gather_objects(5)) == (0, 1, [5])
     barrier()
     assert together(lambda: 7) == 7
     with pytest.raises(DataError, match="no such store"):

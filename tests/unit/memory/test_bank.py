@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.memory.bank import MIXED, BankShape, MemoryBank
+from pipeline.memory.bank import EMPTY, MIXED, BankShape, MemoryBank
 
 SHAPE = BankShape(num_layers=2, num_lanes=1, num_kv_heads=1, head_dim=2, num_chunks=3, chunk_size=2)
 
@@ -66,24 +66,25 @@ def test_a_segment_that_does_not_follow_is_refused() -> None:
         bank.append(segment(4, layers=1), start=4, documents=documents)
 
 
-def test_a_foreign_state_is_refused() -> None:
-    bank = make()
-    bank.append(segment(4), start=0, documents=torch.zeros((1, 4), dtype=torch.int64))
-    state = bank.state_dict()
-    with pytest.raises(ValueError, match="the stored memory does not fit a bank"):
-        make(torch.bfloat16).load_state_dict(state)
-    with pytest.raises(ValueError, match="the stored memory does not fit a bank"):
-        make().load_state_dict({name: value for name, value in state.items() if name != "keys.1"})
-    wider = BankShape(**{**SHAPE.__dict__, "head_dim": 4})
-    with pytest.raises(ValueError, match="the stored memory does not fit a bank"):
-        MemoryBank(wider, dtype=torch.float32, device=torch.device("cpu")).load_state_dict(state)
-
-
-@pytest.mark.parametrize("num_chunks", [2, 4])
-def test_a_state_of_another_ring_is_refused(num_chunks: int) -> None:
-    """Its next slot would not be the oldest one, and what is remembered would be too little."""
+def test_chunks_are_put_into_the_slots_that_are_said_and_nothing_else_is_left() -> None:
     bank = make()
     bank.append(segment(6), start=0, documents=torch.zeros((1, 6), dtype=torch.int64))
-    other = BankShape(**{**SHAPE.__dict__, "num_chunks": num_chunks})
-    with pytest.raises(ValueError, match="the stored memory does not fit a bank"):
-        MemoryBank(other, dtype=torch.float32, device=torch.device("cpu")).load_state_dict(bank.state_dict())
+    keys, slots = torch.tensor([[[[[8.0, 1], [2, 5]], [[4, 4], [4, 6]]]]]), torch.tensor([2, 0])
+    bank.label(torch.tensor([4, 8]), torch.tensor([[5, MIXED]]), slots=slots, next_slot=1)
+    bank.put(1, keys, -keys, lanes=torch.tensor([0]), slots=slots)
+    assert bank.positions.tolist() == [8, EMPTY, 4]
+    assert bank.documents.tolist() == [[MIXED, EMPTY, 5]]
+    assert (bank.filled().tolist(), bank.next_slot, bank.end) == ([2, 0], 1, 10)
+    assert torch.equal(bank.layers[1].keys[0, 0, slots], keys[0, 0])
+    assert torch.equal(bank.layers[1].values[0, 0, slots], -keys[0, 0])
+    assert bank.layers[1].chunk_keys[0, 0, slots].tolist() == [[5, 3], [4, 5]]
+    bank.append(segment(2), start=10, documents=torch.zeros((1, 2), dtype=torch.int64))
+    assert bank.positions.tolist() == [8, 10, 4]
+
+
+def test_a_bank_of_fp16_keeps_what_is_too_large_for_it_as_its_largest_number() -> None:
+    bank = make(torch.float16)
+    bank.append(segment(2, value=1e5), start=0, documents=torch.zeros((1, 2), dtype=torch.int64))
+    store = bank.layers[0]
+    assert store.keys[0, 0, 0].tolist() == [[0, 65504], [65504, 65504]]
+    assert torch.isfinite(store.chunk_keys).all()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.memory import reader as reader_module
+from pipeline.memory import read as read_module
 from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.layer import Geometry
 from pipeline.memory.reader import BankReader
 from pipeline.memory.search import NOTHING
-from pipeline.memory.view import Geometry, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.positions import PositionEncoding
 
 BLOCKS, BLOCK = 3, 4
@@ -48,14 +49,14 @@ class Recorded:
 def test_a_block_is_searched_while_others_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     for name in ("search", "attend", "attend_backward"):
-        work = getattr(reader_module, name)
+        work = getattr(read_module, name)
 
         def told(*args: Any, name: str = name, work: Callable[..., Any] = work, **kwargs: Any) -> Any:
             number = sum(event.startswith(f"{name} ") for event in events) // 2  # for the queries of two ranks
             events.append(f"{name} {number}")
             return work(*args, **kwargs)
 
-        monkeypatch.setattr(reader_module, name, told)
+        monkeypatch.setattr(read_module, name, told)
     bank = MemoryBank(BankShape(1, 1, 1, 8, 8, 4), dtype=torch.float32, device=torch.device("cpu"))
     length = BLOCKS * BLOCK
     key, value = torch.randn(2, 1, 1, length, 8)
@@ -63,7 +64,8 @@ def test_a_block_is_searched_while_others_travel(monkeypatch: pytest.MonkeyPatch
     bank.append([(key, value)], start=0, documents=documents)
     settings = ReadSettings(num_tokens=24, top_k_chunks=2, query_block_tokens=BLOCK)
     geometry = Geometry(PositionEncoding(), 1.0)
-    reader = BankReader(bank, settings, [geometry], start=2 * length, documents=documents, exchange=Recorded(events))
+    reading = Reading(2 * length, documents)
+    reader = BankReader(bank, settings, [geometry], reading, exchange=Recorded(events))
     query = torch.randn(1, 1, length, 8).requires_grad_()
     read = reader.read(0, query)
 

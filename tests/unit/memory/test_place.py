@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.memory.bank import EMPTY
+from pipeline.memory.place import Turn
 from tests.shards import CHUNK, SEGMENT, filled_bank, place_of
 
 
@@ -22,5 +23,15 @@ def test_a_rank_writes_its_segments_into_the_slots_that_follow_from_their_places
     for slot, position in zip(slots.tolist(), mine.tolist(), strict=True):
         expected[slot] = position
     assert bank.positions.tolist() == expected.tolist()
-    following = torch.tensor((num_segments + rank) * SEGMENT)
-    assert bank.next_slot == place.turn.slots(following, chunk_size=CHUNK, num_chunks=bank.shape.num_chunks)
+    # The place where the group goes on, and the place where this rank does, say the same.
+    for following in (num_segments, num_segments + rank):
+        slot = place.turn.slots(torch.tensor(following * SEGMENT), chunk_size=CHUNK, num_chunks=bank.shape.num_chunks)
+        assert bank.next_slot == slot
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_chunks_before_a_place_are_those_that_one_counts(rank, size):
+    turn, places = Turn(rank, size, SEGMENT), torch.arange(7 * SEGMENT)
+    kept = turn.holds(places)  # token for token
+    counted = [int(kept[:place].sum()) // CHUNK for place in places.tolist()]
+    assert turn.num_before(places, chunk_size=CHUNK).tolist() == counted

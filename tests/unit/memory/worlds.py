@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeline.memory.bank import BankShape, MemoryBank
+from pipeline.memory.layer import Geometry, LayerView
 from pipeline.memory.reader import BankReader
 from pipeline.memory.search import search
-from pipeline.memory.view import Geometry, MemoryView, ReadSettings
+from pipeline.memory.segment import Reading, ReadSettings, SegmentView
 from pipeline.positions import PositionEncoding, PositionRule
 from tests.reference import Past, Read, Rules, read_memory
 from tests.reference_lm import Attention
@@ -81,36 +84,46 @@ class World:
             rule=PositionRule.parse(rules.position),
             search=search,
             query_block_tokens=block,
+            retrieve_for=rules.retrieve_for,
+            window_tokens=rules.window_tokens,
         )
 
-    def reader(self, documents: Tensor, *, start: int, search: str = "torch", block: int = 3) -> BankReader:
-        """The fast reader."""
+    def reader(
+        self, documents: Tensor, *, start: int, search: str = "torch", block: int = 3, **reading: Any
+    ) -> BankReader:
+        """The fast reader; further arguments are those of `Reading`."""
         geometry = geometry_of(self.attention)
-        return BankReader(self.bank, self.settings(search, block), [geometry], start=start, documents=documents)
+        return BankReader(self.bank, self.settings(search, block), [geometry], Reading(start, documents, **reading))
 
-    def expected(self, query: Tensor, documents: Tensor, *, start: int) -> Read:
-        """What the reference reads."""
-        return read_memory(self.past, query, self.attention, self.rules, start=start, documents=documents)
+    def expected(self, query: Tensor, documents: Tensor, *, start: int, **reading: Any) -> Read:
+        """What the reference reads; further arguments are those of `read_memory`."""
+        return read_memory(self.past, query, self.attention, self.rules, start=start, documents=documents, **reading)
 
     def retrieved(
-        self, query: Tensor, documents: Tensor, *, start: int, search_by: str = "torch"
+        self, query: Tensor, documents: Tensor, *, start: int, search_by: str = "torch", **reading: Any
     ) -> dict[tuple[int, int, int], list[tuple[int, int]]]:
-        """Chunks that the fast search finds: (lane, head, token) -> (lane, first position), best first."""
+        """Chunks that the fast search finds: (row, head, token) -> (lane, first position), best first."""
         settings, geometry = self.settings(search_by), geometry_of(self.attention)
-        view = MemoryView(self.bank, 0, settings, geometry, start=start, documents=documents)
+        asked = Reading(start, documents, **reading)
+        segment = SegmentView(self.bank, settings, asked, geometry.rule(settings.rule))
+        view = LayerView(segment, self.bank.layers[0], geometry)
+        chosen = asked.lane_of_row if asked.retrieve_from is None else asked.retrieve_from
+        lanes = range(len(query)) if chosen is None else chosen.tolist()
         got = search(view, view.queries(query, slice(0, query.shape[2])))
         assert bool((got.scores[..., :-1] >= got.scores[..., 1:]).all()), "best first"
         everyone = torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist()
         if got.slots.shape[-1] == 0:
-            return {(lane, head, token): [] for lane, head, token in everyone}
-        sizes = {"num_lanes": query.shape[0], "num_tokens": query.shape[2]}
-        slots, valid = (view.ungroup(x.flatten(0, 2), **sizes) for x in (got.slots, got.valid))
+            return {(row, head, token): [] for row, head, token in everyone}
+        sizes = {"num_heads": query.shape[1], "num_tokens": query.shape[2]}
+        together = HEADS // KV_HEADS if segment.pools.is_shared else 1
+        of_units = (x.flatten(0, 2)[:, None].expand(-1, together, -1) for x in (got.slots, got.valid))
+        slots, valid = (segment.pools.by_row(x, **sizes) for x in of_units)
         chunks = self.bank.shape.num_chunks
         found = {}
-        for lane, head, token in everyone:
-            kept = slots[lane, head, token][valid[lane, head, token]].tolist()
-            found[lane, head, token] = [
-                (slot // chunks if self.rules.scope == "group" else lane, int(self.bank.positions[slot % chunks]))
+        for row, head, token in everyone:
+            kept = slots[row, head, token][valid[row, head, token]].tolist()
+            found[row, head, token] = [
+                (slot // chunks if self.rules.scope == "group" else lanes[row], int(self.bank.positions[slot % chunks]))
                 for slot in kept
             ]
         return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.model import ModelSettings, SideNetConfig
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import build, layout_of
-from tests.tiny_longmem import TinyLongMem, tiny_tokens
+from tests.tiny_longmem import TinyLongMem, reader_of, tiny_tokens
 from tests.tiny_models import tiny_model
 
 TWO_OF_FOUR = {"num_layers": 2, "memory_layers": "all"}
@@ -81,7 +81,7 @@ def test_every_read_is_timed() -> None:
         running.append("ended")
 
     documents = torch.zeros_like(tokens)
-    reader = side.longmem.reader(side.bank, start=0, documents=documents, timed=timed)
+    reader = reader_of(side.longmem, side.bank, start=0, documents=documents, timed=timed)
     side.longmem.hidden(side.longmem.encode(tokens, documents), reader)
     assert running == ["begun", "ended"] * 2
 

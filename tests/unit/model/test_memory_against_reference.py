@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,13 +36,21 @@ WITHOUT_WINDOW_OR_LEARNED_POSITIONS = [
 
 
 def make(
-    family: str, *, position: str, fusion: str, memory_layers: list[int], scope: str = "lane", **sidenet: object
+    family: str,
+    *,
+    position: str,
+    fusion: str,
+    memory_layers: list[int],
+    scope: str = "lane",
+    memory: Mapping[str, object] | None = None,
+    backbone: Mapping[str, object] | None = None,
+    **sidenet: object,
 ) -> tuple[TinyLongMem, ReferenceSideNet]:
     """A `uniform` SideNet of two layers over four, which remembers 16 tokens and reads 8 of them."""
     model = tiny_model(family)
     fast = TinyLongMem(
         model,
-        memory={"tokens": 16, "top_k_tokens": 8, "position": position, "scope": scope},
+        memory={"tokens": 16, "top_k_tokens": 8, "position": position, "scope": scope, **(memory or {})},
         sidenet={
             "num_layers": 2,
             "memory_layers": memory_layers,
@@ -48,6 +59,7 @@ def make(
             **sidenet,
         },
         train={"segment_tokens": SEGMENT},
+        backbone=backbone or {},
     )
     return fast, fast.reference(model, (0, 2, 4))
 
@@ -71,6 +83,109 @@ def memory_share(fast: TinyLongMem) -> Tensor:
     assert isinstance(fusion, MemoryFusion)
     assert fusion.memory_share is not None
     return fusion.memory_share
+
+
+def compare_gradients(fast: TinyLongMem, slow: ReferenceSideNet) -> None:
+    """Those of every trained parameter, after the backward pass of both."""
+    side = fast.longmem.sidenet
+    pairs = [(side.get_parameter(f"memory.{n}.gate"), gate) for n, gate in slow.gates.items()]
+    for layer, module in slow.layers.items():
+        theirs = dict(module.named_parameters())
+        pairs += [(p, theirs[n]) for n, p in side.layers[layer - 1].named_parameters()]
+    pairs += list(zip(side.norm.parameters(), slow.norm.parameters(), strict=True))
+    assert len(pairs) == len(slow.trained)
+    for found, wanted in pairs:
+        assert found.grad is not None
+        assert wanted.grad is not None
+        largest = wanted.grad.norm()
+        # A key's bias moves all logits of a query alike under `gate`, which a softmax does not see: only noise there.
+        assert (found.grad - wanted.grad).norm() <= GRADIENT_TOLERANCE * max(float(largest), 0.1)
+
+
+RECENT: dict[str, dict[str, object]] = {
+    "sink": {"sink": True},
+    "window": {"window_tokens": 8},
+    "window of everything": {"window_tokens": 16},
+    "kv_head": {"retrieve_for": "kv_head"},
+    "all": {"sink": True, "window_tokens": 8, "retrieve_for": "kv_head"},
+}
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize(
+    ("recent", "position", "fusion"),
+    [
+        ("sink", "none", "gate"),
+        ("sink", "true", "joint"),
+        ("window", "clamp:14", "gate"),
+        ("window of everything", "none", "joint"),
+        ("kv_head", "clamp:14", "joint"),
+        ("all", "clamp:14", "joint"),
+        ("all", "true", "gate"),
+    ],
+)
+def test_sink_window_and_shared_retrieval(family: str, recent: str, position: str, fusion: str) -> None:
+    fast, slow = make(family, position=position, fusion=fusion, memory_layers=[1, 2], memory=RECENT[recent])
+    segment = read_on(fast, slow)
+    expected = slow.logits(segment, start=2 * SEGMENT)
+    torch.testing.assert_close(
+        fast.logits(segment, start=2 * SEGMENT).double(), expected, atol=LOGITS_TOLERANCE, rtol=LOGITS_TOLERANCE
+    )
+    plain, _ = make(family, position=position, fusion=fusion, memory_layers=[1, 2])
+    read_on(plain, None)
+    differs = not torch.allclose(plain.logits(segment, start=2 * SEGMENT), expected.float(), atol=0.01)
+    backbone = fast.longmem.backbone
+    assert differs == (recent != "kv_head" or backbone.num_heads > backbone.num_kv_heads)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("scope", ["lane", "document"])
+def test_left_context(family: str, scope: str) -> None:
+    """Segments are encoded with ten tokens before them: of those nothing is kept, and what is kept knows of them."""
+    count = 10
+    fast, slow = make(
+        family,
+        position="clamp:14",
+        fusion="joint",
+        memory_layers=[1, 2],
+        scope=scope,
+        memory=RECENT["all"],
+        backbone={"context_tokens": count},
+    )
+    tokens, documents = tiny_tokens((2, 3 * SEGMENT)), torch.tensor([[1] * 20 + [2] * 16, [4] * 29 + [5] * 7])
+    for start in range(0, 3 * SEGMENT, SEGMENT):
+        before = min(count, start)
+        piece = slice(start - before, start + SEGMENT)
+        for one in (fast, slow):
+            one.remember(tokens[:, piece], start=start, documents=documents[:, piece], num_context=before)
+    arguments: dict[str, Any] = {"start": 2 * SEGMENT, "documents": documents[:, piece], "num_context": count}
+    expected = slow.logits(tokens[:, piece], **arguments)
+    found = fast.logits(tokens[:, piece], **arguments)
+    torch.testing.assert_close(found.double(), expected, atol=LOGITS_TOLERANCE, rtol=LOGITS_TOLERANCE)
+    assert found.shape[1] == SEGMENT
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("fusion", ["gate", "joint"])
+@pytest.mark.parametrize("scope", ["lane", "document"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_sink_and_window(family: str, fusion: str, scope: str, checkpointing: bool) -> None:
+    fast, slow = make(
+        family,
+        position="clamp:14",
+        fusion=fusion,
+        memory_layers=[1, 2],
+        scope=scope,
+        memory=RECENT["all"],
+        activation_checkpointing=checkpointing,
+    )
+    documents = torch.tensor([0] * 14 + [1] * 22).expand(2, -1)
+    segment, of_segment = read_on(fast, slow, documents), documents[:, -SEGMENT:]
+    targets = tiny_tokens((2, SEGMENT), seed=7)
+    fast.loss(segment, targets, start=2 * SEGMENT, documents=of_segment).backward()
+    logits = slow.logits(segment, start=2 * SEGMENT, documents=of_segment)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    compare_gradients(fast, slow)
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -113,19 +228,7 @@ def test_gradients(family: str, position: str, fusion: str) -> None:
     )
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=0, rtol=LOGITS_TOLERANCE)
-    side = fast.longmem.sidenet
-    pairs = [(side.get_parameter(f"memory.{n}.gate"), gate) for n, gate in slow.gates.items()]
-    for layer, module in slow.layers.items():
-        theirs = dict(module.named_parameters())
-        pairs += [(p, theirs[n]) for n, p in side.layers[layer - 1].named_parameters()]
-    pairs += list(zip(side.norm.parameters(), slow.norm.parameters(), strict=True))
-    assert len(pairs) == len(slow.trained)
-    for found, wanted in pairs:
-        assert found.grad is not None
-        assert wanted.grad is not None
-        largest = wanted.grad.norm()
-        # A key's bias moves all logits of a query alike under `gate`, which a softmax does not see: only noise there.
-        assert (found.grad - wanted.grad).norm() <= GRADIENT_TOLERANCE * max(float(largest), 0.1)
+    compare_gradients(fast, slow)
     assert all(parameter.grad is None for parameter in fast.longmem.backbone.parameters())
 
 

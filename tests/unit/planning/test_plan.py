@@ -13,12 +13,13 @@ from transformers import GPT2Config, LlamaConfig
 from pipeline.config.schema import Config
 from pipeline.errors import BackboneError, ConfigError
 from pipeline.model.longmem import DTYPES
+from pipeline.planning.part import ALWAYS
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.shapes import KNOWN_SHAPES, BackboneShape, known_shape, read_shape, shape_of
 from pipeline.planning.sizes import bank_shape
 from pipeline.planning.text import in_words, plan_text, verdict
 from tests.tiny_config import tiny_config
-from tests.tiny_longmem import TinyLongMem, tiny_tokens
+from tests.tiny_longmem import TinyLongMem, reader_of, tiny_tokens
 from tests.tiny_models import tiny_model
 
 ACTIVATION_TOLERANCE = 0.1  # rows of statistics and the like are not counted
@@ -83,7 +84,7 @@ def test_backbone_in_parts(tmp_path):
     assert size(found, "backbone kept whole") == 2 * 4
     assert size(found, "backbone gathered") == 2 * (100 + 50)
     assert size(found, "LM head gathered") == 2 * 24
-    assert found.part("LM head gathered").phases == ("loss",)
+    assert found.part("LM head gathered").phases == ("loss", "evaluation")
 
 
 def test_one_rank_gathers_nothing(tmp_path):
@@ -138,14 +139,76 @@ def test_memory_bank_is_what_longmem_makes(group_size, dtype):
     shape = shape_of(tiny_model("llama").config)
     planned = bank_shape(tiny.config.model, shape, num_layers=1, num_lanes=3)
     assert planned == made.shape
+    for_evaluation = bank_shape(tiny.config.model, shape, num_layers=1, num_lanes=2, num_tokens=72)
+    assert for_evaluation == tiny.longmem.bank(2, num_tokens=72, group_size=group_size).shape
     held = sum(t.nbytes for store in made.layers for t in (store.keys, store.values, store.chunk_keys))
     assert planned.bytes(DTYPES[tiny.config.model.memory_dtype]) == held
+
+
+def test_evaluation_by_hand(tmp_path):
+    def held(**sections: Any) -> int:
+        return size(plan(tmp_path, **sections), "evaluation's memory")
+
+    chunk = 2 * 4 * 2 * 2 + 2 * 4
+    assert held() == 1 * 12 * chunk  # one document of 32 tokens, and a segment of 16
+    # Two groups: of eight documents two pairs each, of three one, which the last of them is read with once more.
+    assert held(evaluation={"documents": 8}) == 4 * 12 * chunk
+    assert held(evaluation={"documents": 3}) == 2 * 12 * chunk
+    # One group of two ranks; of 32 tokens one segment, and one more.
+    assert held(evaluation={"documents": 3}, memory={"group_size": 2}) == 4 * 8 * chunk
+    longer = {"documents": 8, "context_tokens": 1600}
+    assert held(evaluation=longer) == 4 * 20 * chunk  # not more than memory holds: 64 tokens
+    assert held(evaluation=longer, memory={"group_size": 2}) == 4 * 12 * chunk
+
+
+def test_reading_in_an_evaluation_by_hand(tmp_path):
+    sections: dict[str, Any] = {"evaluation": {"documents": 8}, "sidenet": {"memory_layers": "all"}}
+    # 4 documents x 2 heads x 8 tokens; 12 slots, of which 10 are candidates; no layer's choice outlives its read.
+    block, kept = 64 * (12 * 4 + 10 * (2 * 2 * 4 + 12)) + 64 * 2 * 4, 4 * 2 * 16 * (2 * 4 + 12)
+    for scope in ("lane", "document", "group"):  # each document in its lane
+        found = plan(tmp_path, memory={"scope": scope}, **sections)
+        assert size(found, "evaluation's read") == block + kept
+    # Taps 0 and 2, keys and values of two layers, one layer's work, in bf16.
+    numbers = 2 * 4 + 2 * 2 * 2 + 4 * 4 + 3 * 8
+    assert size(plan(tmp_path, **sections), "evaluation's segments") == 2 * 4 * 16 * numbers
+
+
+def test_what_is_there_while_evaluating(tmp_path):
+    found = plan(tmp_path, memory={"group_size": 2})
+    names = {part.name for part in found.at("evaluation")}
+    evaluations = {"evaluation's memory", "evaluation's read", "evaluation's segments"}
+    assert names >= evaluations | {"backbone partition", "SideNet", "optimizer", "memory bank", "LM head gathered"}
+    assert not names & {"gradients", "reduce buckets", "activations", "backbone's taps", "one read of memory"}
+    assert {part.name for phase in ALWAYS[:-1] for part in found.at(phase)}.isdisjoint(evaluations)
+    without = plan(tmp_path, memory={"enabled": False})
+    assert evaluations.isdisjoint(part.name for part in without.parts)
+    on_host = plan(tmp_path, memory={"device": "host"})
+    assert {on_host.part(f"evaluation's {what}").place for what in ("memory", "read")} == {"host"}
+
+
+def test_an_evaluation_that_does_not_fit_says_what_to_change(tmp_path):
+    evaluation = {"documents": 8, "context_tokens": 400_000, "backbone_window_tokens": 0}
+    found = plan(tmp_path, memory={"tokens": 400_000}, evaluation=evaluation)
+    assert found.fullest() == "evaluation"
+    lines = verdict(found, gpu_memory_gib=0.001)
+    assert "evaluation's memory" in lines[1]
+    assert "a larger memory.group_size" in lines[1] and "a smaller evaluation.context_tokens" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("window", "most", "tokens"), [(0, None, 32), (None, None, 416), (100, None, 100), (None, 64, 64)]
+)
+def test_the_longest_window_of_an_evaluation_is_one_document_long(tmp_path, window, most, tokens):
+    evaluation = {"documents": 2, "context_tokens": 400, "scored_tokens": 16, "backbone_window_tokens": window}
+    found = plan(tmp_path, evaluation=evaluation, shape=replace(SHAPE, max_positions=most))
+    of_a_segment = size(plan(tmp_path, evaluation={**evaluation, "backbone_window_tokens": 0}), "evaluation's segments")
+    assert size(found, "evaluation's segments") * 32 == of_a_segment * tokens  # two documents, 16 tokens of each
 
 
 def test_one_read_by_hand(tmp_path):
     # A block: 2 lanes x 2 heads x 8 tokens = 32 queries; 20 slots; top 2 and 8 more candidates; 8 tokens read of each.
     scores, candidates = 32 * 20 * 4, 32 * 10 * (2 * 2 * 4 + 12)
-    attend = 32 * 8 * 2 * (4 + 4 + 2)
+    attend = 32 * 8 * 2 * (4 + 4 + 2) + 32 * (2 * 2 + 3 * 8) * 4  # also the query and its result, logits and weights
     forward, backward = 32 * 2 * 4, 32 * 4 * 2 * 3
     found = plan(tmp_path)
     assert size(found, "one read of memory") == max(scores + candidates, attend) + forward
@@ -168,7 +231,7 @@ def test_scores_are_bounded_by_the_run_and_by_the_block(tmp_path):
 
 def test_a_read_on_the_host_makes_a_part_at_once(tmp_path, monkeypatch):
     # One of two heads, 16 queries at a time; the keys of two queries, 8 tokens each, as far as 40 numbers go.
-    monkeypatch.setattr("pipeline.memory.view.CPU_AT_ONCE", 40)
+    monkeypatch.setattr("pipeline.memory.segment.CPU_AT_ONCE", 40)
     scores, candidates, attend = 16 * 20 * 4, 16 * 10 * (2 * 2 * 4 + 12), 2 * 8 * 2 * (4 + 4 + 2 + 4)
     shape = replace(SHAPE, num_kv_heads=2)
     found = size(plan(tmp_path, memory={"device": "host"}, shape=shape), "one read of memory")
@@ -253,7 +316,7 @@ def test_activations_are_what_autograd_keeps(family, fusion, precision):
     tiny.remember(tokens, start=0)
     longmem = tiny.longmem
     encoding = longmem.encode(tokens, torch.zeros_like(tokens))
-    reader = longmem.reader(tiny.bank, start=64, documents=torch.zeros_like(tokens))
+    reader = reader_of(longmem, tiny.bank, start=64, documents=torch.zeros_like(tokens))
     saved = _Saved(longmem.sidenet.parameters())
     with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
         longmem.hidden(encoding, reader)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -81,3 +84,27 @@ def test_the_backbone_does_not_hear_of_its_copies() -> None:
     assert not backbone._projected
     again = backbone(tokens)
     assert all(torch.equal(again.taps[number], tap) for number, tap in before.items())
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.01, 0.3])
+def test_a_small_weight_of_memory_is_not_rounded_away_in_bf16(weight: float) -> None:
+    """Local attention gives 0 and memory 1: what comes out is memory's weight, to the precision of one bf16 number."""
+
+    @dataclass(frozen=True)
+    class Read:
+        values: torch.Tensor
+        log_sum_exp: torch.Tensor
+        window: None = None
+
+    class Ones:
+        def read(self, index: int, query: torch.Tensor) -> Read:
+            return Read(torch.ones(query.shape), torch.zeros(query.shape[:-1]))
+
+    _, side = make("llama")
+    fusion = side.fusions[1]
+    with torch.no_grad():
+        fusion.gate.fill_(math.log(1 / weight - 1))
+    local = torch.zeros(1, 4, 3, fusion.head_dim, dtype=torch.bfloat16)
+    found = fusion.fuse(local, local, local[:, :2], Ones())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), torch.full(found.shape, weight), atol=0, rtol=2**-8)

@@ -8,9 +8,10 @@ import pytest
 
 from pipeline.checkpoint.folder import Checkpoints
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.training.build import check_inputs, find_checkpoint
+from pipeline.training.build import check_inputs, check_positions, find_checkpoint
 from pipeline.training.engines import check_precision
 from tests.accelerator import accelerator_with
+from tests.tiny_models import tiny_model
 from tests.tiny_run import TRAIN_TOKENS, save_store
 
 
@@ -43,6 +44,20 @@ def test_a_layer_that_is_not_there_is_refused(tiny_run, tmp_path):
         ConfigError, match=r"sidenet.memory_layers is \[3\]; expected different SideNet layers from 1 to 2"
     ):
         check_inputs(config)
+
+
+@pytest.mark.parametrize(("family", "fits"), [("gpt2", False), ("opt", False), ("llama", True), ("bloom", True)])
+def test_segment_and_context_must_fit_learned_positions(tiny_run, tmp_path, family, fits):
+    backbone = tiny_model(family).config
+    config = tiny_run.config(tmp_path, backbone={"context_tokens": 113})  # and 16 of a segment, of 128
+    if fits:
+        check_positions(config, backbone)
+        return
+    with pytest.raises(
+        ConfigError, match=r"backbone.context_tokens 113 and .* 16 are .*got: 129; expected: at most 128"
+    ):
+        check_positions(config, backbone)
+    check_positions(tiny_run.config(tmp_path, backbone={"context_tokens": 112}), backbone)
 
 
 def test_fp16_is_refused_where_there_is_none(tiny_run, tmp_path):

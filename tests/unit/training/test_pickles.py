@@ -60,7 +60,7 @@ def optimizer():
 
 
 def check(folder, name):
-    check_engine_files(folder, [name], weights=WEIGHTS, num_groups=2, num_ranks=1)
+    check_engine_files(folder, [name], weights=WEIGHTS, num_parameter_groups=2, num_ranks=1)
 
 
 def test_what_deepspeed_writes_is_read(tmp_path):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.data.lanes import Lanes
 from pipeline.model.stream import Stream
 from pipeline.training.replay import replay
+from pipeline.training.step import feed_segment
 from tests.shards import assert_same, visible
 from tests.tiny_longmem import TinyLongMem
 from tests.tiny_models import tiny_model
@@ -41,21 +41,22 @@ def read(tiny: TinyLongMem, lanes: Lanes, place: Place, *, num_segments: int):
     bank = tiny.longmem.bank(2, group_size=place.size)
     stream = Stream(tiny.longmem, bank, exchange=place)  # type: ignore[arg-type]
     for _ in range(num_segments // place.size):
-        segment = lanes.next_of_group(place.rank, place.size)
-        stream.feed(torch.from_numpy(segment.tokens), torch.from_numpy(segment.documents))  # it knows the place
+        feed_segment(stream, lanes.next_of_group(place.rank, place.size))
     return bank
 
 
 @pytest.mark.parametrize("num_segments", [4, 12, 20])  # two epochs
 @pytest.mark.parametrize("place", [Place(0, 1), Place(0, 2), Place(1, 2), Place(3, 4)])
 @pytest.mark.parametrize("scope", ["lane", "document"])
-def test_what_can_be_seen_is_the_same(num_segments, place, scope):
+@pytest.mark.parametrize("context_tokens", [0, 5, 21])
+def test_what_can_be_seen_is_the_same(num_segments, place, scope, context_tokens):
     num_tokens = 44  # no whole number of segments
     memory = {"tokens": num_tokens, "chunk_size": 4, "top_k_tokens": 8, "scope": scope}
     sidenet = {"layout": "top", "memory_layers": "all"}
     train = {"segment_tokens": SEGMENT}
-    tiny = TinyLongMem(tiny_model("llama"), lanes=2, memory=memory, train=train, sidenet=sidenet)
-    lanes = Lanes(Text(), num_lanes=4, lanes=(1, 3), segment_tokens=SEGMENT, seed=0)
+    backbone = {"context_tokens": context_tokens}
+    tiny = TinyLongMem(tiny_model("llama"), memory=memory, train=train, sidenet=sidenet, backbone=backbone)
+    lanes = Lanes(Text(), num_lanes=4, lanes=(1, 3), segment_tokens=SEGMENT, seed=0, context_tokens=context_tokens)
     bank = read(tiny, lanes, place, num_segments=num_segments)
     state, again = lanes.state_dict(), tiny.longmem.bank(2, group_size=place.size)
     again.next_slot = 3

@@ -14,8 +14,8 @@ from pipeline.backbone.backbone import identity
 from pipeline.checkpoint.export import export
 from pipeline.checkpoint.folder import Checkpoints
 from pipeline.config.load import dump_config
-from pipeline.errors import CheckpointError
-from pipeline.model.exported import load_exported
+from pipeline.errors import BackboneError, CheckpointError
+from pipeline.model.load import load_longmem
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import tiny_model
 
@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_of_a_run_or_the_one_that_is_named(run, tmp_path, 
 
 def test_an_exported_model_is_the_trained_one(tiny, run, tmp_path):
     export(run, tmp_path / "out")
-    loaded, tokens, documents = load_exported(tmp_path / "out", tiny_model("llama")), tiny_tokens((2, 16)), None
+    loaded, tokens, documents = load_longmem(tmp_path / "out", backbone=tiny_model("llama")), tiny_tokens((2, 16)), None
     documents = torch.zeros_like(tokens)
     with torch.no_grad():
         logits = loaded.logits(loaded.hidden(loaded.encode(tokens, documents), None))
@@ -112,24 +112,41 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
         export(tmp_path, tmp_path / "out")
 
 
+def test_a_run_or_a_checkpoint_is_a_model_in_one_call(tiny, run, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    tokens = tiny_tokens((2, 16))
+    documents = torch.zeros_like(tokens)
+    for source in (run, run / "checkpoints" / "step_00000004"):
+        loaded = load_longmem(source, backbone=str(tmp_path / "backbone"))
+        with torch.no_grad():
+            logits = loaded.logits(loaded.hidden(loaded.encode(tokens, documents), None))
+        torch.testing.assert_close(logits, tiny.logits(tokens, memory=False), atol=0, rtol=0)
+    with pytest.raises(BackboneError, match=r"backbone.path '/no/such/backbone' \(which does not exist"):
+        load_longmem(run, backbone="/no/such/backbone")
+    with pytest.raises(CheckpointError, match="no checkpoint to export; got: "):
+        load_longmem(tmp_path / "backbone", backbone=tiny_model("llama"))
+
+
 def test_weights_of_another_backbone_are_refused(run, tmp_path):
     export(run, tmp_path / "out")
     with pytest.raises(
         CheckpointError, match="trained beside another backbone; got: [0-9a-f]{64}; expected: .*do: load"
     ):
-        load_exported(tmp_path / "out", tiny_model("gpt2"))
+        load_longmem(tmp_path / "out", backbone=tiny_model("gpt2"))
 
 
 def test_a_folder_that_is_no_export_is_refused(run, tmp_path):
-    with pytest.raises(
-        CheckpointError, match="is no export; got: .*FileNotFoundError.*expected: model.safetensors, .*do"
-    ):
-        load_exported(run, tiny_model("llama"))
     export(run, tmp_path / "out")
-    weights = tmp_path / "out" / "model.safetensors"
+    weights, about = tmp_path / "out" / "model.safetensors", tmp_path / "out" / "export.json"
+    whole = about.read_text()
+    for content in ("{", "[]", '{"step": 3}'):
+        about.write_text(content)
+        with pytest.raises(CheckpointError, match="is no export; got: .*Error.*expected: model.safetensors, .*do"):
+            load_longmem(tmp_path / "out", backbone=tiny_model("llama"))
+    about.write_text(whole)
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="is no export; got: .*SafetensorError"):
-        load_exported(tmp_path / "out", tiny_model("llama"))
+        load_longmem(tmp_path / "out", backbone=tiny_model("llama"))
 
 
 def test_weights_that_do_not_fit_their_settings_are_refused(run, tmp_path):
@@ -139,4 +156,4 @@ def test_weights_that_do_not_fit_their_settings_are_refused(run, tmp_path):
     del fewer["norm.weight"]
     save_file(fewer, weights)
     with pytest.raises(CheckpointError, match="do not fit its config.yaml; got: norm.weight and 0 others; do: export"):
-        load_exported(tmp_path / "out", tiny_model("llama"))
+        load_longmem(tmp_path / "out", backbone=tiny_model("llama"))
