@@ -21,6 +21,7 @@ LONGEST = (
     "end_to_end/test_train.py",
     "end_to_end/test_ways_to_start.py",
     "distributed/test_sharded_engines.py",
+    "distributed/test_sharded_evaluation.py",
     "end_to_end/test_lost_rank.py",
     "distributed/test_faults.py",
     "end_to_end/test_prepare_data_ends.py",
