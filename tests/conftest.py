@@ -13,13 +13,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _ROOT = Path(__file__).parent
-# Workers of pytest-xdist take file after file. Those that take longer than half a minute, the longest first, so that
-# the last ones end together; the first one hardly works, it waits for SLURM.
+# Workers of pytest-xdist take file after file: here are those that take longer than about half a minute, the longest
+# first, so that the last ones end together.
 LONGEST = (
     "end_to_end/test_slurm.py",
     "distributed/test_sharded_memory.py",
+    "end_to_end/test_train.py",
+    "end_to_end/test_ways_to_start.py",
     "distributed/test_sharded_engines.py",
+    "distributed/test_sharded_evaluation.py",
+    "end_to_end/test_lost_rank.py",
     "distributed/test_faults.py",
+    "end_to_end/test_prepare_data_ends.py",
+    "end_to_end/test_fault_injection.py",
+    "distributed/test_elastic.py",
+    "distributed/test_ill_runs.py",
+    "end_to_end/test_launchers.py",
 )
 
 

@@ -13,6 +13,7 @@ from tests.distributed.sharded_training import CLEAR_CHOICE, measured_choices
 from tests.ranks import run_ranks
 from tests.tiny_run import TinyRun
 
+pytestmark = pytest.mark.timeout(600)  # one fixture trains everything: two minutes of one core's work
 STEPS, SEGMENTS = 20, 4  # memory of 64 tokens is full after the first step
 # Adam makes a whole step out of the sign of a gradient that is nearly zero, which is rounding, unless epsilon is large.
 TRAIN = {"steps": STEPS, "segments_per_step": SEGMENTS, "adam_epsilon": 0.01, "learning_rate": 0.001}

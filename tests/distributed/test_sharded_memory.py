@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.sharded_training import CLEAR_CHOICE, SEGMENT, Case, Outcome, train, train_all, train_and_measure
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(600)  # one fixture trains every case, at its third world beside other tests
+pytestmark = pytest.mark.timeout(600)  # one fixture trains every case on one, two and four ranks, beside other tests
 TOLERANCE = 1e-5  # float32; partial results are added in another order
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's largest gradient: a sum over tokens of terms that nearly cancel
 LATER_TOLERANCE = 5e-4  # the same once weights differ in their last bits
