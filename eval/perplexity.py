@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from pipeline.config.world import PAIRS_AT_ONCE
 from pipeline.data.held_out import held_out_documents
 from pipeline.data.store import TokenStore
 from pipeline.distributed.groups import MemoryGroup
+from pipeline.distributed.ranks import gather_objects
 from pipeline.errors import ConfigError
 from pipeline.memory.exchange import exchange_of
 from pipeline.model.longmem import LongMem
@@ -92,7 +92,7 @@ def evaluate(
     begun = time.perf_counter()
     check_evaluation(config)
     scored = score(model, store, config, group=group, progress=progress, conditions=conditions)
-    gathered = _gather_objects((scored, time.perf_counter() - begun), world_size=group.num_groups * group.size)
+    gathered = gather_objects((scored, time.perf_counter() - begun))
     return summarise(
         whole_documents(part for parts, _ in gathered for part in parts),
         context_tokens=config.evaluation.context_tokens,
@@ -259,9 +259,7 @@ class _Batch:
             seen = self.stream.feed(self.tokens[:, segment], self.documents, context)
             # Scoring is a matter of the whole group, though some of its segments may lie before what is scored.
             if start - first + self.stride > self.scored.start:
-                for name in self.conditions:
-                    if name == LONGEST_WINDOW:
-                        continue
+                for name in (one for one in self.conditions if one != LONGEST_WINDOW):
                     found = self._losses(name, seen, self.targets[:, segment])
                     if self.scored.start <= start < self.scored.stop:
                         at = start - self.scored.start
@@ -309,14 +307,3 @@ def longest_window(config: Any, wanted: int | None) -> int:
     """Tokens of the longest ordinary window that a backbone is tried with; None: as many as it was made for."""
     most = getattr(config, "max_position_embeddings", None) or EVERYTHING
     return most if wanted is None else min(most, wanted)
-
-
-def _gather_objects(
-    mine: tuple[list[DocumentLosses], float], *, world_size: int
-) -> list[tuple[list[DocumentLosses], float]]:
-    if world_size == 1:
-        return [mine]
-    assert dist.is_initialized(), "several ranks need an initialised process group"
-    gathered: list[tuple[list[DocumentLosses], float]] = [mine] * world_size
-    dist.all_gather_object(gathered, mine)
-    return gathered

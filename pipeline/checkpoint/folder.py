@@ -38,8 +38,8 @@ from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
-TOKEN_STORE, MEMORY_TOKENS = "token store", "memory tokens"
-"""Names of the parts of the identity that older checkpoints do not have."""
+TOKEN_STORE, MEMORY_TOKENS, CONTEXT_TOKENS = "token store", "memory tokens", "left context"
+"""Names of the parts of the identity that older checkpoints do not have; those were without left context."""
 _NAMED, _REASON = 10, 300  # damaged checkpoints in one message, and characters on each
 
 
@@ -246,7 +246,7 @@ class Checkpoints:
             CheckpointError: It is damaged, or belongs to another run.
         """
         manifest = read_manifest(checkpoint)
-        saved = manifest.identity
+        saved = {CONTEXT_TOKENS: 0, **manifest.identity}
         other = {
             name: (saved.get(name), value)
             for name, value in self.identity.items()

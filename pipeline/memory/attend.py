@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.memory.layer import LayerView, Queries, Tokens, row_products
-from pipeline.memory.search import NOTHING
+from pipeline.memory.layer import NOTHING, LayerView, Queries, Tokens, row_products
 from pipeline.memory.segment import at_once
 from pipeline.memory.winners import Winners
 

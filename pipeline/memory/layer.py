@@ -23,6 +23,7 @@ from pipeline.memory.bank import LayerStore
 from pipeline.memory.segment import Run, SegmentView
 from pipeline.positions import PositionEncoding, PositionRule
 
+NOTHING = float("-inf")  # logit of what is not there, or must not be seen
 # A float32 sum of D products is off by at most D of these, in units of |query| |key|, in whatever order it is taken.
 ROUNDING = 2.0**-24
 
@@ -110,10 +111,18 @@ class LayerView:
         self.chunk_keys = store.chunk_keys.view(num_kv_heads, segment.pools.num_pools, segment.num_slots, dim)
         self.keys = store.keys.view(-1, chunk_size, dim)  # [Hkv * P * S, c, D]
         self.values = store.values.view(-1, chunk_size, dim)
-        # Keys that are read at their real distance, rotated once for all queries of the segment.
-        self.near_chunk_keys, self.near_keys = self.chunk_keys[:, :, :0], self.keys[:0]
+        # Keys that are read at their real distance, rotated once for all queries of the segment, and before a read
+        # holds anything: float32 [Hkv * P * n, c, D].
+        self.near_keys = self.keys[:0]
         if self.is_rotary and len(segment.near_slots):
-            self._rotate_near()
+            keys, places = self._of_near(self.keys).float(), self._places(segment.near_slots)
+            self.near_keys = geometry.encoding.rotate(keys, places).flatten(0, 2)
+
+    @cached_property
+    def near_chunk_keys(self) -> Tensor:
+        """Chunk keys of near slots at their places, float32 `[Hkv, P, n, D]`; a window's chunks are never scored."""
+        slots = self.segment.near_slots
+        return self.geometry.encoding.rotate(self.chunk_keys[:, :, slots], self._centre(slots))
 
     @property
     def is_rotary(self) -> bool:
@@ -242,8 +251,8 @@ class LayerView:
     @cached_property
     def window_keys(self) -> Tensor:
         """Keys of all near slots at their real distance, float32 `[Hkv, P, n * c, D]`."""
-        keys = self.near_keys if self.is_rotary else self._of_near(self.keys)
-        return keys.float().view(*self.chunk_keys.shape[:2], -1, keys.shape[-1])
+        keys = self.near_keys if self.is_rotary else self._of_near(self.keys).float()
+        return keys.view(*self.chunk_keys.shape[:2], -1, keys.shape[-1])
 
     @cached_property
     def window_values(self) -> Tensor:
@@ -251,34 +260,30 @@ class LayerView:
         values = self._of_near(self.values)
         return values.float().view(*self.chunk_keys.shape[:2], -1, values.shape[-1])
 
-    def window_logits(self, queries: Queries, hidden: float) -> Tensor:
+    def window_logits(self, queries: Queries) -> Tensor:
         """Logits of a block against all tokens of near slots, each at its real distance.
 
         Args:
             queries: A block of queries.
-            hidden: Logit of a token that a query must not see.
 
         Returns:
-            float32 `[Hkv, P, U * u, n * c]`.
+            float32 `[Hkv, P, U * u, n * c]`; NOTHING where a query must not see a token.
         """
         segment = self.segment
         assert queries.near is not None
         logits = _all_products(queries.near, self.window_keys, self.geometry.scale)  # [Hkv, P, U, u, n * c]
         if queries.slopes is not None:
-            within = torch.arange(segment.chunk_size, device=segment.device)
-            places = (segment.slot_offset[segment.near_slots, None] + within).flatten()
+            places = self._places(segment.near_slots).flatten()
             logits = _biased(logits, queries.slopes[..., None], (queries.offset[:, None] - places)[:, None])
         masks = [segment.hidden(queries.documents, run) for run in segment.runs]
         if any(mask is not None for mask in masks):
             unseen = torch.cat([mask for mask in masks if mask is not None], dim=-1)  # [P, U, n]
-            logits = logits.masked_fill(unseen.repeat_interleave(segment.chunk_size, dim=-1)[:, :, None], hidden)
+            logits = logits.masked_fill(unseen.repeat_interleave(segment.chunk_size, dim=-1)[:, :, None], NOTHING)
         return logits.flatten(2, 3)
 
     def token_distance(self, queries: Queries, members: Tensor, slots: Tensor) -> Tensor:
         """Real distance from some units to the tokens of some chunks, int64 `[m, w, c]`; arguments as `tokens`."""
-        within = torch.arange(self.segment.chunk_size, device=slots.device)
-        position = self.segment.slot_offset[slots][..., None] + within
-        return queries.offset[members % len(queries.offset)][:, None, None] - position
+        return queries.offset[members % len(queries.offset)][:, None, None] - self._places(slots)
 
     def rounding_bound(self, queries: Queries) -> Tensor:
         """How far two chunks that score alike one way may be apart the other way: twice what one score may differ.
@@ -323,16 +328,6 @@ class LayerView:
         far = _biased(product(asked.far, keys, scale), asked.slopes, float(rule.distance))
         return far if near is None or distance is None else torch.where(distance <= rule.near_limit, near, far)
 
-    def _rotate_near(self) -> None:
-        segment, encoding = self.segment, self.geometry.encoding
-        offset = segment.slot_offset[segment.near_slots]
-        within = torch.arange(segment.chunk_size, device=segment.device)
-        self.near_chunk_keys = encoding.rotate(
-            self.chunk_keys[:, :, segment.near_slots], self._centre(segment.near_slots)
-        )
-        tokens = self._of_near(self.keys).float()
-        self.near_keys = encoding.rotate(tokens, offset[:, None] + within).flatten(0, 2)  # [Hkv * P * n, c, D]
-
     def _of_near(self, tokens: Tensor) -> Tensor:
         """Near slots of `keys` or `values`, `[Hkv, P, n, c, D]`."""
         return tokens.view(*self.chunk_keys.shape[:3], *tokens.shape[1:])[:, :, self.segment.near_slots]
@@ -350,6 +345,11 @@ class LayerView:
     def _rows(self, of: Tensor, index: Tensor) -> Tensor:
         """Rows of a tensor `[rows, ...]`, `[m, w, ...]`."""
         return of.index_select(0, index.flatten()).view(*index.shape, *of.shape[1:])
+
+    def _places(self, slots: Tensor) -> Tensor:
+        """Places of the tokens of chunks, `[..., c]`, in tokens from the segment's start."""
+        within = torch.arange(self.segment.chunk_size, device=slots.device)
+        return self.segment.slot_offset[slots][..., None] + within
 
     def _centre(self, slots: Tensor | slice) -> Tensor:
         """Place of a chunk's middle, in tokens from the segment's start."""

@@ -27,9 +27,9 @@ from torch import Tensor
 from pipeline.memory.attend import Partial, attend, attend_backward, combine
 from pipeline.memory.bank import LayerStore, MemoryBank
 from pipeline.memory.exchange import Exchange
-from pipeline.memory.layer import Geometry, LayerView, Queries
+from pipeline.memory.layer import NOTHING, Geometry, LayerView, Queries
 from pipeline.memory.pools import Pools
-from pipeline.memory.search import NOTHING, search
+from pipeline.memory.search import search
 from pipeline.memory.segment import Reading, ReadSettings, SegmentView
 from pipeline.memory.window import attend_window, attend_window_backward
 from pipeline.memory.winners import Shared, Winners, share

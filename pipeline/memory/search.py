@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.memory.layer import LayerView, Queries
+from pipeline.memory.layer import NOTHING, LayerView, Queries
 from pipeline.memory.segment import Run, at_once
 
-NOTHING = float("-inf")
 MARGIN = 8  # candidates beyond the k-th whose scores are worked out again
 _LOW_BITS = 32
 _FLIP = 0x7FFFFFFF  # turns the bits of a negative float into an integer that grows with it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -118,11 +119,11 @@ class SegmentView:
 
     Attributes:
         pools: Which rows read which pool.
+        lanes_per_pool: Lanes that are one pool.
         num_slots: `S`.
         runs: The visible slots, far ones first.
         slot_offset: Place of each slot's first token, counted from the segment's start, int64 `[S]`: small numbers keep
             rotary angles exact in float32.
-        slot_order: A different number for each slot that decides between equal scores, int64 `[S]`.
         near_slots: Slots of near runs, in their order, int64 `[n]`.
         near_index: Where each slot is among them, int64 `[S]`; 0 for others.
     """
@@ -138,15 +139,13 @@ class SegmentView:
     ) -> None:
         shape, self.device, self.is_window = bank.shape, bank.device, is_window
         self.settings, self.reading, self.rule, self.chunk_size = settings, reading, rule, shape.chunk_size
-        is_joined = settings.scope == "group" and not is_window  # a window is of one lane, whatever else is seen
-        lane_of_row = reading.lane_of_row if is_window or reading.retrieve_from is None else reading.retrieve_from
-        self.pools = self._pools(lane_of_row, shape.num_lanes, shape.num_kv_heads)
-        self.num_slots = shape.num_chunks * (shape.num_lanes if is_joined else 1)
+        self.pools = self._pools(shape.num_lanes, shape.num_kv_heads)
+        self.lanes_per_pool = shape.num_lanes // self.pools.num_pools
+        self.num_slots = shape.num_chunks * self.lanes_per_pool
         self.slot_documents = bank.documents.view(self.pools.num_pools, self.num_slots)
-        positions = np.tile(bank.positions, shape.num_lanes if is_joined else 1)
+        positions = np.tile(bank.positions, self.lanes_per_pool)
         self.runs = list(self._runs(positions))
         self.slot_offset = torch.from_numpy(positions - reading.start).to(self.device)
-        self.slot_order = self._slot_order(shape.num_lanes if is_joined else 1)
         near = [torch.arange(run.start, run.stop, device=self.device) for run in self.runs if run.near]
         self.near_slots = torch.cat(near) if near else torch.zeros(0, dtype=torch.int64, device=self.device)
         self.near_index = torch.zeros(self.num_slots, dtype=torch.int64, device=self.device)
@@ -184,13 +183,14 @@ class SegmentView:
             hidden = unseen if hidden is None else hidden | unseen
         return hidden
 
-    def _pools(self, lane_of_row: Tensor | None, num_lanes: int, num_kv_heads: int) -> Pools:
-        is_joined = self.settings.scope == "group" and not self.is_window
-        is_shared = self.settings.retrieve_for == "kv_head"
-        if is_joined or lane_of_row is None:
-            return Pools(1 if is_joined else num_lanes, num_kv_heads, is_shared)
-        lanes = lane_of_row.to(self.device)
-        return Pools.of(lanes, num_pools=num_lanes, num_kv_heads=num_kv_heads, is_shared=is_shared)
+    def _pools(self, num_lanes: int, num_kv_heads: int) -> Pools:
+        reading, is_shared = self.reading, self.settings.retrieve_for == "kv_head"
+        if self.settings.scope == "group" and not self.is_window:  # a window is of one lane, whatever else is seen
+            return Pools(1, num_kv_heads, is_shared)
+        lanes = reading.lane_of_row if self.is_window or reading.retrieve_from is None else reading.retrieve_from
+        if lanes is None:
+            return Pools(num_lanes, num_kv_heads, is_shared)
+        return Pools.of(lanes.to(self.device), num_pools=num_lanes, num_kv_heads=num_kv_heads, is_shared=is_shared)
 
     def _runs(self, positions: np.ndarray) -> Iterator[Run]:
         """Cuts the visible slots into runs of at most SLOTS_PER_BLOCK, far ones first."""
@@ -207,20 +207,16 @@ class SegmentView:
                 for first in range(begin, stop, SLOTS_PER_BLOCK):
                     yield Run(first, min(first + SLOTS_PER_BLOCK, stop), is_near)
 
-    def _slot_order(self, num_lanes: int) -> Tensor:
+    @cached_property
+    def slot_order(self) -> Tensor:
         """Decides between equal scores: the newer chunk, then the lower of the lanes of a pool.
 
-        It depends on places in the lanes alone, so that it is the same whichever rank holds a chunk.
-
-        Args:
-            num_lanes: Lanes of a pool.
-
-        Returns:
-            int64 `[S]`, from 0 up to 2^31 - 1 for visible slots.
+        A different number for each visible slot, int64 `[S]`, from 0 up to 2^31 - 1. It depends on places in the lanes
+        alone, so that it is the same whichever rank holds a chunk.
         """
         age = torch.div(-self.slot_offset, self.chunk_size, rounding_mode="floor")
-        lane = torch.arange(self.num_slots, device=self.device) // (self.num_slots // num_lanes)
-        return (2**31 - 1 - (age * num_lanes + lane)).clamp(0, 2**31 - 1)
+        lane = torch.arange(self.num_slots, device=self.device) // (self.num_slots // self.lanes_per_pool)
+        return (2**31 - 1 - (age * self.lanes_per_pool + lane)).clamp(0, 2**31 - 1)
 
     def _visible_slots(self) -> Tensor | None:
         """Which slots each row of a pool may see, bool `[P, r, S]`; None: all."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pipeline.memory.attend import Partial
 from pipeline.memory.layer import LayerView, Queries
-from pipeline.memory.search import NOTHING
 
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -25,7 +24,7 @@ def attend_window(view: LayerView, queries: Queries) -> Partial:
     Returns:
         The partial attention of all units, `[n, u]` and `[n, u, D]`; `n = Hkv * P * U`.
     """
-    logits = view.window_logits(queries, NOTHING)  # [Hkv, P, U * u, w]
+    logits = view.window_logits(queries)  # [Hkv, P, U * u, w]
     maximum = logits.amax(dim=-1)
     weights = torch.exp(logits - maximum.clamp_min(_LOWEST)[..., None])
     weighted = torch.matmul(weights, view.window_values)
@@ -51,7 +50,7 @@ def attend_window_backward(
     """
     num_kv_heads, num_pools, num_units, num_queries, dim = queries.far.shape
     by_pool = (num_kv_heads, num_pools, num_units * num_queries)
-    weights = view.window_logits(queries, NOTHING)
+    weights = view.window_logits(queries)
     weights = weights.sub_(log_sum_exp.view(*by_pool, 1).clamp_min(_LOWEST)).exp_()
     of_weight = torch.matmul(grad.view(*by_pool, dim), view.window_values.transpose(-1, -2))
     of_logit = weights.mul_(of_weight.add_(offset.view(*by_pool, 1))).mul_(view.geometry.scale)

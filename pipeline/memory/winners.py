@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.memory.exchange import Exchange
-from pipeline.memory.search import NOTHING, Retrieved, sort_keys
+from pipeline.memory.layer import NOTHING
+from pipeline.memory.search import Retrieved, sort_keys
 
 _NO_ORDER = -1
 

@@ -210,7 +210,7 @@ class LongMem:
 
     @torch.no_grad()
     def backbone_losses(self, encoding: Encoding, targets: Tensor) -> Tensor:
-        """Cross-entropy of every token by the backbone alone, which sees its segment and nothing else.
+        """Cross-entropy of every token by the backbone alone, which sees what was encoded and nothing else.
 
         Collective: as `losses`. The backbone must keep its last tap.
 

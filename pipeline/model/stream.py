@@ -22,7 +22,7 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
 from pipeline.memory.place import Turn
 from pipeline.memory.reader import AgeObserver, BankReader
-from pipeline.memory.segment import Reading, ReadSettings
+from pipeline.memory.segment import Reading
 from pipeline.model.longmem import LongMem
 
 Memory = Literal["own", "window", "none"] | Tensor
@@ -171,12 +171,16 @@ class Stream:
         """
         reader = None
         if self.bank is not None and memory != "none":
-            lane_of_row = memory if isinstance(memory, Tensor) else None
-            rows = Reading(
-                seen.start, seen.documents, lane_of_row=lane_of_row, retrieve_from=retrieve_from, visible=visible
+            lanes = memory if isinstance(memory, Tensor) else None
+            reader = BankReader(
+                self.bank,
+                replace(self._settings, top_k_chunks=0) if memory == "window" else self._settings,
+                self.model.geometries,
+                Reading(seen.start, seen.documents, lane_of_row=lanes, retrieve_from=retrieve_from, visible=visible),
+                exchange=self.exchange,
+                observe_ages=observe_ages,
+                timed=lambda: self.phase("retrieve_and_read"),
             )
-            settings = replace(self._settings, top_k_chunks=0) if memory == "window" else self._settings
-            reader = self._reader(self.bank, settings, rows, observe_ages)
         with self.phase("sidenet"):
             return self.model.hidden(seen.encoding, reader)
 
@@ -198,18 +202,5 @@ class Stream:
             return self.model.losses(hidden, targets)
 
     def backbone_losses(self, seen: Seen, targets: Tensor) -> Tensor:
-        """As `losses`, by the backbone alone, which sees the segment and nothing else; without gradients."""
+        """As `losses`, by the backbone alone, which sees context and segment and nothing else; without gradients."""
         return self.model.backbone_losses(seen.encoding, targets)
-
-    def _reader(
-        self, bank: MemoryBank, settings: ReadSettings, rows: Reading, observe_ages: AgeObserver | None
-    ) -> BankReader:
-        return BankReader(
-            bank,
-            settings,
-            self.model.geometries,
-            rows,
-            exchange=self.exchange,
-            observe_ages=observe_ages,
-            timed=lambda: self.phase("retrieve_and_read"),
-        )

@@ -59,8 +59,7 @@ def read_parts(settings: ModelSettings, shape: BackboneShape, bank: BankShape, *
     at_once = 1 if settings.sidenet.activation_checkpointing else bank.num_layers  # read again, layer by layer
     kept = at_once * group_size * queries * (chosen // _together(settings, shape) + of_query)
     rotated = near * (bank.chunk_size + 1) if shape.positions == "rotary" else 0
-    # The window's keys, turned to their places, with those of its chunks, and its values.
-    rotated += _window_slots(settings, bank) * of_slot * (2 * bank.chunk_size + (shape.positions == "rotary"))
+    rotated += _window_slots(settings, bank) * of_slot * 2 * bank.chunk_size  # its keys at their places, its values
     yield Part(
         "what reads keep",
         kept + rotated,
@@ -112,19 +111,19 @@ def _block_bytes(settings: ModelSettings, shape: BackboneShape, bank: BankShape)
     # Logits of a block against the window that is held here, with their weights and a moment's difference.
     held = -(-_window_slots(settings, bank) // group_size) * bank.chunk_size
     window = 3 * queries * held * FP32
-    is_shared = group_size > 1
+    in_group = group_size > 1
     kinds = 2 if memory.window_tokens else 1
     # Keys and slots that were found, of this block and of the one before it; scores, sent and received.
-    offered = memory.top_k_chunks * (4 * INT64 + 3 * FP32) * is_shared // together
+    offered = memory.top_k_chunks * (4 * INT64 + 3 * FP32) * in_group // together
     # Sent and received, of this block and of the one before or after it.
-    partials, gradients = (count * kinds * (dim + 2) * FP32 * is_shared for count in (5, 4))
+    partials, gradients = (count * kinds * (dim + 2) * FP32 * in_group for count in (5, 4))
     return _BlockBytes(
         search=search,
         attend=retrieved * copies + details * FP32,
         window=window,
         # Queries of this block, of the one before it, whose scores travel, and of the next one.
-        exchange_forward=group_size * queries * (dim * FP32 * (1 + near + (2 + near) * is_shared) + offered + partials),
-        exchange_backward=group_size * queries * (dim * FP32 * (3 + near + 2 * is_shared) + gradients),
+        exchange_forward=group_size * queries * (dim * FP32 * (1 + near + (2 + near) * in_group) + offered + partials),
+        exchange_backward=group_size * queries * (dim * FP32 * (3 + near + 2 * in_group) + gradients),
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
 from pipeline.checkpoint.background import Background, wait_for_all
-from pipeline.checkpoint.folder import MEMORY_TOKENS, TOKEN_STORE, Checkpoints, StateOwner
+from pipeline.checkpoint.folder import CONTEXT_TOKENS, MEMORY_TOKENS, TOKEN_STORE, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.memory import MemoryOwner
 from pipeline.checkpoint.owners import LanesOwner, RandomOwner
@@ -348,6 +348,8 @@ def _identity_of_settings(config: Config, token_store: str | None) -> dict[str, 
     if token_store is not None:
         known[TOKEN_STORE] = token_store
     if config.memory.enabled and config.checkpoint.memory == "save":
+        # What is stored was encoded with it; what is read again is encoded anew.
+        known[CONTEXT_TOKENS] = config.backbone.context_tokens
         known[MEMORY_TOKENS] = config.memory.tokens  # a stored memory fits banks that remember less
     if config.memory.enabled and config.memory.scope == "group":
         # More groups or fewer: other lanes share a bank, and the run would not go on but begin another experiment.

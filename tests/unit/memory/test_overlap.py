@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pipeline.memory import read as read_module
 from pipeline.memory.bank import BankShape, MemoryBank
-from pipeline.memory.layer import Geometry
+from pipeline.memory.layer import NOTHING, Geometry
 from pipeline.memory.reader import BankReader
-from pipeline.memory.search import NOTHING
 from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.positions import PositionEncoding
 

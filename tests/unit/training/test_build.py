@@ -96,6 +96,7 @@ class Nothing:
             {"train": {"segments_per_step": 4}},
             "got: segments_per_step 2; expected: segments_per_step 4; do: start with",
         ),
+        ({"backbone": {"context_tokens": 8}}, "got: left context 0; expected: left context 8; do: start with"),
         ({"train": {"precision": "bf16"}}, "got: precision 'fp32'; expected: precision 'bf16'; do: start with"),
     ],
 )
