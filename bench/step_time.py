@@ -21,6 +21,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+# Threads of a rank wait for each other by turning round, not by sleeping: set before torch starts them.
+os.environ.setdefault("OMP_WAIT_POLICY", "active")
+
 import torch
 from transformers import AutoTokenizer
 

@@ -73,7 +73,7 @@ class MemoryConfig(Section):
     ] = "none"
     """How far back remembered tokens seem to lie, in tokens: nowhere (`none`, the paper), at their real distance
     (`true`), all N back (`fixed:N`), at their real distance up to N (`clamp:N`)."""
-    query_block_tokens: Count = 64
+    query_block_tokens: Count = 128
     """Query tokens searched at once: bounds the scores that are whole in memory."""
 
     @property

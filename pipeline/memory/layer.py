@@ -12,7 +12,7 @@ Shapes as in `pipeline.memory.segment` and `pipeline.memory.pools`; `D` head siz
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -64,10 +64,17 @@ class Queries:
     documents: Tensor
     slopes: Tensor | None
 
-    def of_heads(self, heads: slice) -> Queries:
-        """Those of some key/value heads."""
-        near, slopes = (None if x is None else x[heads] for x in (self.near, self.slopes))
-        return replace(self, far=self.far[heads], near=near, slopes=slopes)
+    @property
+    def members(self) -> Tensor:
+        """The number of each unit, as units are named everywhere, int64 `[Hkv, P, U]`."""
+        shape = self.far.shape[:3]
+        return torch.arange(shape.numel(), device=self.far.device).view(shape)
+
+    def part(self, heads: slice, pools: slice, units: slice) -> Queries:
+        """Those of some key/value heads, pools and units."""
+        near, slopes = (None if x is None else x[heads, pools, units] for x in (self.near, self.slopes))
+        far, documents = self.far[heads, pools, units], self.documents[pools, units]
+        return Queries(far, near, self.offset[units], documents, slopes)
 
 
 @dataclass(frozen=True)

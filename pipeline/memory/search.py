@@ -126,27 +126,51 @@ def numbers_of_search(num_slots: int, *, k: int, unit: Sequence[int]) -> int:
     return num_queries * num_slots + min(k + MARGIN, num_slots) * 2 * dim
 
 
+def search_at_once(shape: Sequence[int], of_a_unit: int, *, device: str) -> tuple[int, int]:
+    """What is searched at once.
+
+    Args:
+        shape: `Hkv`, `P` and `U` of a block.
+        of_a_unit: As `numbers_of_search` gives it.
+        device: Type of the device.
+
+    Returns:
+        How many key/value heads, and how many units of each of their pools.
+    """
+    num_kv_heads, num_pools, num_units = shape
+    units = at_once(num_units, num_pools * of_a_unit, device=device)
+    if units < num_units:
+        return 1, units
+    return at_once(num_kv_heads, num_pools * num_units * of_a_unit, device=device), units
+
+
 def _with_torch(view: LayerView, queries: Queries, run: Run) -> Retrieved:
-    bound = view.rounding_bound(queries)
-    num_kv_heads, num_slots = len(bound), run.stop - run.start
-    of_a_unit = numbers_of_search(num_slots, k=view.segment.settings.top_k_chunks, unit=queries.far.shape[3:])
-    step = at_once(num_kv_heads, bound[0].numel() * of_a_unit, device=view.segment.device.type)
-    found = [
-        _of_heads(view, queries, run, slice(first, first + step), bound[first : first + step])
-        for first in range(0, num_kv_heads, step)
-    ]
-    return Retrieved(torch.cat([part.keys for part in found]), torch.cat([part.slots for part in found]))
-
-
-def _of_heads(view: LayerView, queries: Queries, run: Run, heads: slice, bound: Tensor) -> Retrieved:
-    """The best of a run for some key/value heads; `bound` `[heads, P, U]` as `rounding_bound` gives it."""
-    scores = view.run_scores(queries.of_heads(heads), run, heads)
+    bound, k = view.rounding_bound(queries), view.segment.settings.top_k_chunks
+    num_kv_heads, _, num_units = bound.shape
     hidden = view.segment.hidden(queries.documents, run)
+    of_a_unit = numbers_of_search(run.stop - run.start, k=k, unit=queries.far.shape[3:])
+    heads, units = search_at_once(bound.shape, of_a_unit, device=view.segment.device.type)
+    found = Retrieved(
+        *(bound.new_empty(*bound.shape, min(k, run.stop - run.start), dtype=torch.int64) for _ in range(2))
+    )
+    for head in range(0, num_kv_heads, heads):
+        for unit in range(0, num_units, units):
+            piece = slice(head, head + heads), slice(None), slice(unit, unit + units)
+            part = _of_piece(view, queries, run, piece, bound[piece], None if hidden is None else hidden[piece[1:]])
+            found.keys[piece], found.slots[piece] = part.keys, part.slots
+    return found
+
+
+def _of_piece(
+    view: LayerView, queries: Queries, run: Run, piece: tuple[slice, ...], bound: Tensor, hidden: Tensor | None
+) -> Retrieved:
+    """The best of a run for a piece `[heads, P, units]` of a block; `bound` and `hidden` are of that piece."""
+    scores = view.run_scores(queries.part(*piece), run, piece[0])
     if hidden is not None:
         scores = scores.masked_fill(hidden, NOTHING)
     k = min(view.segment.settings.top_k_chunks, scores.shape[-1])
     top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
-    members = torch.arange(bound.numel(), device=view.segment.device) + heads.start * bound[0].numel()
+    members = queries.members[piece].flatten()
     chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members, k)
     open_ended = _is_open(top.values, bound, k)
     if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
@@ -207,7 +231,7 @@ def _with_faiss(view: LayerView, queries: Queries, run: Run) -> Retrieved:
     scores, indices = scores.to(view.segment.device), indices.to(view.segment.device)
     if scores.shape[-1] < num_slots and _is_open(scores, view.rounding_bound(queries), k) is not None:
         return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
-    everyone = torch.arange(num_kv_heads * num_pools * num_queries, device=view.segment.device)
+    everyone = queries.members.flatten()
     chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)
     return Retrieved(*(part.view(*queries.far.shape[:3], k) for part in (chosen.keys, chosen.slots)))
 

@@ -61,7 +61,7 @@ class ReadSettings:
     scope: str = "lane"
     rule: PositionRule = field(default_factory=lambda: PositionRule("none"))
     search: str = "torch"
-    query_block_tokens: int = 64
+    query_block_tokens: int = 128
     retrieve_for: str = "head"
     window_tokens: int = 0
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.config.model import ModelSettings
 from pipeline.memory.bank import BankShape
-from pipeline.memory.search import MARGIN, numbers_of_search
+from pipeline.memory.search import MARGIN, numbers_of_search, search_at_once
 from pipeline.memory.segment import SLOTS_PER_BLOCK, at_once
 from pipeline.model.longmem import DTYPES
 from pipeline.planning.part import Part
@@ -89,7 +89,10 @@ def _block_bytes(settings: ModelSettings, shape: BackboneShape, bank: BankShape)
     units = queries // together
     device, of_a_head = "cpu" if memory.device == "host" else "cuda", units // bank.num_kv_heads
     of_a_unit = numbers_of_search(run, k=memory.top_k_chunks, unit=(together, dim))
-    searched = of_a_head * at_once(bank.num_kv_heads, of_a_head * of_a_unit, device=device)
+    num_pools = 1 if memory.scope == "group" else bank.num_lanes
+    by_pool = (bank.num_kv_heads, num_pools, of_a_head // num_pools)
+    heads_at_once, units_at_once = search_at_once(by_pool, of_a_unit, device=device)
+    searched = heads_at_once * num_pools * units_at_once
     # Of each query; for a moment beside them the best of each unit.
     scores = searched * run * FP32
     of_each = scores * together if together > 1 else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import logging
 import os
@@ -31,6 +32,7 @@ from pipeline.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
 _JOINING = datetime.timedelta(minutes=5)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def start_distributed(*, timeout_s: float) -> torch.device:
@@ -77,8 +79,17 @@ def start_distributed(*, timeout_s: float) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         unlink_shared_buffers()
+        _keep_freed_memory()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(accelerator.current_device_name())
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library keep what is freed for the next step, which the kernel would otherwise clear page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def end_distributed() -> None:
