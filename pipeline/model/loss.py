@@ -22,11 +22,13 @@ class Head:
         weight: `[V, E]`.
         bias: `[V]` or None.
         softcap: Logits are `softcap * tanh(logits / softcap)`; None: as they are.
+        vocabulary_at_once: Rows of a bf16 or fp16 weight that a CPU makes float32 at once.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    vocabulary_at_once: int = 8192
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of some tokens.
@@ -37,8 +39,23 @@ class Head:
         Returns:
             float32 `[..., V]`.
         """
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        logits = self._products(hidden)
+        if self.bias is not None:
+            logits += self.bias
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """Sums in float32 that are never rounded to the weight's type: bf16 keeps three digits of a logit."""
+        if self.weight.dtype == torch.float32:
+            return torch.nn.functional.linear(hidden, self.weight)
+        if hidden.is_cuda:
+            products = torch.mm(hidden.flatten(0, -2), self.weight.T, out_dtype=torch.float32)
+            return products.unflatten(0, hidden.shape[:-1])
+        logits = hidden.new_empty(*hidden.shape[:-1], len(self.weight), dtype=torch.float32)
+        for first in range(0, len(self.weight), self.vocabulary_at_once):
+            rows = slice(first, first + self.vocabulary_at_once)
+            logits[..., rows] = torch.nn.functional.linear(hidden.float(), self.weight[rows].float())
+        return logits
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: Head, *, piece_tokens: int) -> Tensor:
@@ -86,4 +103,4 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # One number a token: dLoss/dhidden is linear in the gradient of each token's own loss.
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
+        return (gradient * grads[0][:, None]).to(gradient.dtype), None, None, None

@@ -75,3 +75,34 @@ def test_whole_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, targets = torch.randn(TOKENS, HIDDEN), torch.zeros(TOKENS, dtype=torch.int64)
     token_losses(hidden, targets, Head(torch.randn(VOCABULARY, HIDDEN)), piece_tokens=4)
     assert seen == [4, 4, 3]
+
+
+def test_bf16_logits_are_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(TOKENS, 64, generator=generator).bfloat16()
+    weight = torch.randn(3 * VOCABULARY, 64, generator=generator).bfloat16()
+    bias = torch.randn(3 * VOCABULARY, generator=generator).bfloat16()
+    logits = Head(weight, bias, vocabulary_at_once=50).logits(hidden)
+    exact = hidden.double() @ weight.double().T + bias.double()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE)
+    rounded = torch.nn.functional.linear(hidden, weight, bias).double()
+    assert float((rounded - exact).abs().max()) > 100 * FP32_TOLERANCE  # what bf16 logits would be off by
+
+
+def test_the_weight_of_a_token_is_not_rounded_to_bf16() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(TOKENS, 512, generator=generator).bfloat16()
+    head = Head(torch.randn(VOCABULARY, 512, generator=generator).bfloat16())
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+
+    def gradient(weight: float) -> torch.Tensor:
+        tokens = hidden.clone().requires_grad_(True)
+        (token_losses(tokens, targets, head, piece_tokens=4) * weight).sum().backward()
+        assert tokens.grad is not None
+        return tokens.grad.double()
+
+    weight = 3.0075  # bf16 knows 3 and 3.0156
+    of_one = gradient(1.0)
+    found = float((gradient(weight) * of_one).sum() / (of_one**2).sum())
+    assert abs(found - weight) < 1e-3

@@ -230,9 +230,9 @@ def test_scores_are_bounded_by_the_run_and_by_the_block(tmp_path):
 
 
 def test_a_read_on_the_host_makes_a_part_at_once(tmp_path, monkeypatch):
-    # One of two heads, 16 queries at a time; the keys of two queries, 8 tokens each, as far as 40 numbers go.
+    # One query of each of two lanes at a time; the keys of two queries, 8 tokens each, as far as 40 numbers go.
     monkeypatch.setattr("pipeline.memory.segment.CPU_AT_ONCE", 40)
-    scores, candidates, attend = 16 * 20 * 4, 16 * 10 * (2 * 2 * 4 + 12), 2 * 8 * 2 * (4 + 4 + 2 + 4)
+    scores, candidates, attend = 2 * 20 * 4, 2 * 10 * (2 * 2 * 4 + 12), 2 * 8 * 2 * (4 + 4 + 2 + 4)
     shape = replace(SHAPE, num_kv_heads=2)
     found = size(plan(tmp_path, memory={"device": "host"}, shape=shape), "one read of memory")
     assert found == max(scores + candidates, attend) + 32 * 2 * 4
