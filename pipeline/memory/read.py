@@ -98,12 +98,21 @@ class _Block:
 
 @dataclass(frozen=True)
 class GroupRead:
-    """One memory layer, as the segments of all ranks of the group see this rank's shard of it."""
+    """One memory layer, as the segments of all ranks of the group see this rank's shard of it.
+
+    Attributes:
+        views: Of each rank's segment.
+        window: The recent window of each; None: there is none.
+        exchange: The group.
+        observe_ages: As in `BankReader`.
+        kept: What the blocks of an earlier read of the same queries chose, or a place for it; None: nothing is kept.
+    """
 
     views: list[LayerView]
     window: Window | None
     exchange: Exchange
     observe_ages: Callable[[Tensor], None] | None
+    kept: list[Shared] | None = None
 
     @property
     def own(self) -> LayerView:
@@ -133,6 +142,14 @@ class GroupRead:
     def queries(self, tokens: slice, gathered: Tensor) -> list[Queries]:
         """The queries of every rank `[G, B, H, t, D]`, as this shard is asked."""
         return [view.queries(query, tokens) for view, query in zip(self.views, gathered, strict=True)]
+
+    def choose(self, number: int, queries: list[Queries]) -> Callable[[], Shared]:
+        """Starts to find out what a block reads, or remembers it."""
+        if self.kept is not None and number < len(self.kept):
+            known = self.kept[number]
+            return lambda: known
+        found = [search(view, own) for view, own in zip(self.views, queries, strict=True)]
+        return share(found, self.exchange, k=self.own.segment.settings.top_k_chunks)
 
     def attend(self, block: _Block, queries: list[Queries]) -> list[Tensor]:
         """What this shard finds for every rank, packed: of `m` units, then of `n` where it holds some of the window."""
@@ -235,7 +252,7 @@ class _Read(torch.autograd.Function):
         results = [
             x for _ in group.pools for x in (torch.empty_like(query), query.new_empty(query.shape[:-1]))
         ]  # values and log-sum-exp of what was retrieved, and of the window
-        k = group.own.segment.settings.top_k_chunks
+        is_repeated = bool(group.kept)
         blocks: list[_Block] = []
         on_the_way: list[tuple[_Block, Callable[[], list[list[Tensor]]]]] = []
 
@@ -262,22 +279,23 @@ class _Read(torch.autograd.Function):
             if len(on_the_way) > 1:
                 land()
             blocks.append(block)
-            if group.observe_ages is not None:
+            if group.observe_ages is not None and not is_repeated:
                 for view, own, winners in zip(group.views, queries, block.shared.winners, strict=True):
                     ages = view.token_distance(own, winners.members, winners.slots)[..., 0]
                     group.observe_ages(ages[winners.valid])
 
         searched: tuple[slice, Tensor, list[Queries], Callable[[], Shared]] | None = None
-        for tokens, gathered in group.blocks(query):
+        for number, (tokens, gathered) in enumerate(group.blocks(query)):
             queries = group.queries(tokens, gathered)
-            found = [search(view, own) for view, own in zip(group.views, queries, strict=True)]
-            sharing = share(found, group.exchange, k=k)
+            sharing = group.choose(number, queries)
             if searched is not None:
                 read(*searched)
             searched = (tokens, gathered, queries, sharing)
         assert searched is not None
         read(*searched)
         land()
+        if group.kept is not None and not is_repeated:
+            group.kept.extend(block.shared for block in blocks)
         ctx.save_for_backward(*results, *(tensor for block in blocks for tensor in block.tensors()))
         ctx.group, ctx.tokens = group, [block.tokens for block in blocks]
         return tuple(results)

@@ -18,6 +18,7 @@ from pipeline.memory.exchange import Alone, Exchange
 from pipeline.memory.layer import Geometry, LayerView
 from pipeline.memory.read import GroupRead, Window, read
 from pipeline.memory.segment import Reading, ReadSettings, SegmentView
+from pipeline.memory.winners import Shared
 
 AgeObserver = Callable[[int, Tensor], None]
 
@@ -51,6 +52,8 @@ class BankReader:
         observe_ages: Called with the memory layer and the distance, in tokens, to the first token of every chunk
             retrieved from this shard (int64, flat); for statistics. None: not called.
         timed: Context manager that each read runs in (a timer).
+        is_repeated: Whether each memory layer reads once more with the same queries, as activation checkpointing does:
+            which chunks the first read chose is kept until then, a few numbers a query, and not searched again.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class BankReader:
         exchange: Exchange | None = None,
         observe_ages: AgeObserver | None = None,
         timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        is_repeated: bool = False,
     ) -> None:
         self.bank, self.geometries, self.exchange = bank, geometries, exchange or Alone()
         self.observe_ages, self.timed = observe_ages, timed
+        self._kept: list[list[Shared]] | None = [[] for _ in geometries] if is_repeated else None
         readings = _of_all_ranks(reading, self.exchange, bank.device, with_documents=settings.scope == "document")
         self._segments = {
             rule: [SegmentView(bank, settings, each, rule) for each in readings]
@@ -92,7 +97,7 @@ class BankReader:
             window = None if self._window is None else self._window.of_layer(store, geometry)
             observe = self.observe_ages
             told = None if observe is None else lambda ages: observe(index, ages)
-            group = GroupRead(views, window, self.exchange, told)
+            group = GroupRead(views, window, self.exchange, told, None if self._kept is None else self._kept[index])
             found = read(query.to(self.bank.device, torch.float32), group)
             back = [x.to(query.device) for x in found]
             return MemoryRead(back[0], back[1], None if window is None else MemoryRead(back[2], back[3]))

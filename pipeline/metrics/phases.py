@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class PhaseTimer:
@@ -14,19 +15,18 @@ class PhaseTimer:
     that passed. A phase that is left by an exception counts as well.
 
     Args:
-        synchronize: Waits for the accelerator, such as `torch.cuda.synchronize`; called at the start and end of every
-            phase. None where work is done by the time that a call returns, as on a CPU.
-        clock: Seconds since some moment.
+        clock: Says what moment it is. On an accelerator `events_of`: work is queued there, not done, by the time that a
+            call returns, and a wait at each phase would cost more than many a phase.
+        between: Seconds from one moment to a later one; asked only in `collect`.
     """
 
     def __init__(
-        self, *, synchronize: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter
+        self, *, clock: Callable[[], Any] = time.perf_counter, between: Callable[[Any, Any], float] = lambda a, b: b - a
     ) -> None:
-        self._synchronize = synchronize
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
+        self._clock, self._between = clock, between
+        self._spans: list[tuple[str, Any, Any]] = []
         self._open: list[str] = []
-        self._since = 0.0
+        self._since: Any = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -40,17 +40,39 @@ class PhaseTimer:
             self._open.pop()
 
     def collect(self) -> dict[str, float]:
-        """Seconds of each phase since the last call; a phase still open goes on counting."""
+        """Seconds of each phase since the last call; a phase still open goes on counting. Waits for an accelerator."""
         self._charge()
-        collected, self._seconds = self._seconds, {}
-        return collected
+        spans, self._spans = self._spans, []
+        seconds: dict[str, float] = {}
+        for name, begun, ended in spans:
+            seconds[name] = seconds.get(name, 0.0) + self._between(begun, ended)
+        return seconds
 
     def _charge(self) -> None:
         """Charges the time since the last change of phase to the innermost open phase."""
-        if self._synchronize is not None:
-            self._synchronize()
         now = self._clock()
         if self._open:
-            innermost = self._open[-1]
-            self._seconds[innermost] = self._seconds.get(innermost, 0.0) + now - self._since
+            self._spans.append((self._open[-1], self._since, now))
         self._since = now
+
+
+def events_of(event: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Arguments of a `PhaseTimer` that times what an accelerator does, by events in its queue.
+
+    Args:
+        event: Makes one, such as `torch.cuda.Event`.
+
+    Returns:
+        `clock` and `between`.
+    """
+
+    def clock() -> Any:
+        moment = event(enable_timing=True)
+        moment.record()
+        return moment
+
+    def between(begun: Any, ended: Any) -> float:
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1000
+
+    return {"clock": clock, "between": between}

@@ -180,6 +180,7 @@ class Stream:
                 exchange=self.exchange,
                 observe_ages=observe_ages,
                 timed=lambda: self.phase("retrieve_and_read"),
+                is_repeated=self.model.settings.sidenet.activation_checkpointing and torch.is_grad_enabled(),
             )
         with self.phase("sidenet"):
             return self.model.hidden(seen.encoding, reader)

@@ -43,9 +43,10 @@ def read_parts(settings: ModelSettings, shape: BackboneShape, bank: BankShape, *
     kinds = 2 if memory.window_tokens else 1  # of results, each with its gradients: what was retrieved, the window
     backward = max(block.attend, block.window * 2 // 3) + block.exchange_backward  # logits are worked on in place
     backward += queries * (shape.head_dim + kinds * (2 * shape.head_dim + 2)) * FP32
+    again = max(block.attend, block.window) + block.exchange_forward
     yield Part(
         "backward of one read",
-        max(forward, backward) if settings.sidenet.activation_checkpointing else backward,
+        max(again, backward) if settings.sidenet.activation_checkpointing else backward,
         "a block's keys and values once more, with gradients of the segment, B H T (3 D + 2)",
         ("backward",),
         place,
@@ -57,7 +58,8 @@ def read_parts(settings: ModelSettings, shape: BackboneShape, bank: BankShape, *
     chosen += INT64 if group_size > 1 else 0  # who holds them
     of_query = shape.head_dim * FP32 if group_size > 1 else 0  # the query
     at_once = 1 if settings.sidenet.activation_checkpointing else bank.num_layers  # read again, layer by layer
-    kept = at_once * group_size * queries * (chosen // _together(settings, shape) + of_query)
+    chosen = bank.num_layers * (chosen // _together(settings, shape))
+    kept = group_size * queries * (chosen + at_once * of_query)
     rotated = near * (bank.chunk_size + 1) if shape.positions == "rotary" else 0
     rotated += _window_slots(settings, bank) * of_slot * 2 * bank.chunk_size  # its keys at their places, its values
     yield Part(

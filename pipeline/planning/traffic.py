@@ -56,10 +56,10 @@ def memory_traffic(config: Config, shape: BackboneShape, split: WorldSplit, *, n
         return []
     tokens = split.lanes_per_group * config.train.segment_tokens * split.accumulation_steps
     queries = tokens * shape.num_heads * num_memory_layers
-    # With activation checkpointing the backward pass begins by reading once more.
+    # With activation checkpointing the backward pass begins by reading once more what was chosen before.
     reads = queries * (2 if config.sidenet.activation_checkpointing else 1)
     chunks, partial = config.memory.top_k_chunks, (dim + 2) * FP32
-    units = reads // (shape.num_heads // shape.num_kv_heads if config.memory.retrieve_for == "kv_head" else 1)
+    units = queries // (shape.num_heads // shape.num_kv_heads if config.memory.retrieve_for == "kv_head" else 1)
     kinds = 2 if config.memory.window_tokens else 1  # of results: what was retrieved, and the window
     sent = [
         ("queries", "all-gather", reads * dim * FP32, False),

@@ -38,7 +38,7 @@ from pipeline.errors import ConfigError
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import exchange_of
 from pipeline.memory.place import ShardPlace
-from pipeline.metrics.phases import PhaseTimer
+from pipeline.metrics.phases import PhaseTimer, events_of
 from pipeline.model.longmem import DTYPES, LongMem, build, layout_of
 from pipeline.model.stream import Stream
 from pipeline.training.engine_owner import EngineOwner
@@ -175,7 +175,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     together(lambda: _raise(None if verification is None else verification.error))
     lanes = _lanes(config, stores.train, split, group.number)
     bank = _bank(model, split, group) if config.memory.enabled else None
-    timer = PhaseTimer(synchronize=None if device.type == "cpu" else get_accelerator().synchronize)
+    timer = PhaseTimer() if device.type == "cpu" else PhaseTimer(**events_of(get_accelerator().Event))
     stream = Stream(model, bank, exchange=exchange_of(group.process_group), phase=timer.phase)
     trainer = Trainer(stream, engine, lanes, config.train, timer=timer, num_segments=split.accumulation_steps)
     checkpoints = Checkpoints(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from pipeline.metrics.phases import PhaseTimer
+from pipeline.metrics.phases import PhaseTimer, events_of
 
 
 class Clock:
@@ -74,13 +76,30 @@ def test_an_exception_closes_its_phases(clock: Clock) -> None:
     assert timer.collect() == {"loss": 0, "inner": 7}
 
 
-def test_the_accelerator_is_waited_for_before_the_clock_is_read(clock: Clock) -> None:
-    pending = [0.0]
+class Event:
+    """As an accelerator's: its time is known once what was queued before it is done."""
 
-    def synchronize() -> None:
-        clock.pass_time(pending.pop() if pending else 0.0)
+    waited = 0
 
-    timer = PhaseTimer(synchronize=synchronize, clock=clock)
-    with timer.phase("backbone"):
-        pending.append(9.0)  # queued, and not done when the block ends
-    assert timer.collect() == {"backbone": 9}
+    def __init__(self, clock: Clock, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.clock, self.at = clock, 0.0
+
+    def record(self) -> None:
+        self.at = self.clock.now
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000 * (later.at - self.at)
+
+
+def test_an_accelerator_is_waited_for_only_when_phases_are_collected(clock: Clock) -> None:
+    timer = PhaseTimer(**events_of(partial(Event, clock)))
+    for _ in range(3):
+        with timer.phase("backbone"):
+            clock.pass_time(9)
+    assert Event.waited == 0
+    assert timer.collect() == {"backbone": 27}
+    assert Event.waited > 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.memory import read as memory_read
 from pipeline.sidenet.fusion import MemoryFusion
 from tests.reference import ReferenceSideNet
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
@@ -234,8 +236,12 @@ def test_gradients(family: str, position: str, fusion: str) -> None:
 
 @pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize("fusion", ["gate", "joint"])
-def test_activation_checkpointing_changes_no_gradient(family: str, fusion: str) -> None:
-    gradients = []
+def test_activation_checkpointing_changes_no_gradient_and_searches_once(
+    family: str, fusion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, searched = [], Mock(wraps=memory_read.search)
+    monkeypatch.setattr(memory_read, "search", searched)
+    searches = []
     for checkpointing in (False, True):
         fast, _ = make(
             family, position="clamp:14", fusion=fusion, memory_layers=[1, 2], activation_checkpointing=checkpointing
@@ -243,6 +249,8 @@ def test_activation_checkpointing_changes_no_gradient(family: str, fusion: str) 
         tokens = read_on(fast, None)
         fast.loss(tokens, tokens.roll(-1, 1), start=2 * SEGMENT).backward()
         gradients.append([parameter.grad for parameter in fast.longmem.sidenet.parameters()])
+        searches.append(searched.call_count)
+    assert searches[1] == 2 * searches[0] > 0  # of both passes together
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None
         assert recomputed is not None

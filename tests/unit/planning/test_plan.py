@@ -214,7 +214,7 @@ def test_one_read_by_hand(tmp_path):
     assert size(found, "one read of memory") == max(scores + candidates, attend) + forward
     assert size(found, "backward of one read") == attend + backward + 2 * 2 * 16 * (3 * 2 + 2) * 4
     read_again = plan(tmp_path, sidenet={"activation_checkpointing": True})
-    assert size(read_again, "backward of one read") == size(found, "one read of memory")
+    assert size(read_again, "backward of one read") == size(found, "backward of one read")  # nothing is searched again
     assert size(found, "what reads keep") == 2 * 2 * 16 * (2 * 4 + 12)
     # Of a group of two also who holds the chunks, and the query: 4 lanes, 2 segments.
     assert size(plan(tmp_path, memory={"group_size": 2}), "what reads keep") == 2 * 4 * 2 * 16 * (2 * 4 + 20 + 2 * 4)
@@ -283,8 +283,9 @@ def test_activation_checkpointing_trades_bytes_for_traffic(tmp_path):
     assert size(again, "activations") == tokens * (2 * 4 * 2 + 4 * (4 + 2 + 2))
     assert size(again, "activations of one layer") < size(plain, "activations")
     before, after = sent(plain), sent(again)
-    assert all(after[name] == 2 * before[name] for name in ("queries", "scores", "thresholds", "ties", "partials"))
-    assert all(after[name] == before[name] for name in ("gradients", "query_gradients"))
+    assert all(after[name] == 2 * before[name] for name in ("queries", "partials"))
+    searched = ("scores", "thresholds", "ties")
+    assert all(after[name] == before[name] for name in (*searched, "gradients", "query_gradients"))
 
 
 class _Saved:
