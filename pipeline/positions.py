@@ -81,8 +81,8 @@ class PositionRule:
         if self.kind == "none":
             return query
         distance = -self.distance if backward else self.distance
-        rotated = encoding.rotate(query, torch.tensor(distance, device=query.device))
+        rotated = encoding.rotate(query, torch.full((), distance, device=query.device))
         if encoding.attention_scaling == 1.0:
             return rotated
         # A rotated key carries the scaling as well; these keys are not rotated, so the query carries it for them.
-        return encoding.rotate(rotated, torch.tensor(0, device=query.device))
+        return encoding.rotate(rotated, torch.zeros((), device=query.device))

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pipeline.memory import attend, layer, search
+from pipeline.memory.read import GroupRead
 
 
 def read_as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
-    """Everything at once, padded, and products of rows with a vector as batches of matrix products."""
+    """Everything at once, padded, products of rows with a vector as batches of matrix products, and no host waits."""
+    patch.setattr(GroupRead, "is_waited_for", property(lambda group: group.exchange.size == 1))
     patch.setattr(attend, "_pieces", lambda _, one: [(slice(None), one)] * bool(len(one.members)))
     for user in (attend, layer):
         patch.setattr(user, "row_products", lambda q, k, scale: torch.bmm(q, k.transpose(1, 2)).mul_(scale))

@@ -15,6 +15,8 @@ from pipeline.memory.layer import NOTHING, LayerView, Queries, Tokens, row_produ
 from pipeline.memory.segment import at_once
 from pipeline.memory.winners import Winners
 
+LOWEST = torch.finfo(torch.float32).min  # instead of the largest logit of a query that sees nothing
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -80,7 +82,7 @@ def combine(partials: list[Partial], members: list[Tensor], num_units: int) -> P
         maximum[member] = torch.maximum(maximum[member], partial.maximum)
     for partial, member in zip(partials, members, strict=True):
         # A query may see nothing of what is read whole: its maximum stays -inf.
-        factor = torch.exp(partial.maximum - maximum[member].clamp_min(torch.finfo(torch.float32).min))
+        factor = torch.exp(partial.maximum - maximum[member].clamp_min(LOWEST))
         total[member] += partial.total * factor
         weighted[member] += partial.weighted * factor[..., None]
     return Partial(maximum, total, weighted)
@@ -95,7 +97,7 @@ def attend_backward(
         view: The memory layer.
         queries: A block of queries.
         winners: What some of its units read.
-        log_sum_exp: Of all logits of each of those, float32 `[m, u]`; finite.
+        log_sum_exp: Of all logits of each of those, float32 `[m, u]`.
         offset: What is added to `grad . value` before the softmax's weight, float32 `[m, u]`: the gradient of the
             log-sum-exp minus `grad . output`.
         grad: Gradient of the divided output, float32 `[m, u, D]`.
@@ -121,7 +123,7 @@ def _pieces(view: LayerView, winners: Winners) -> Iterator[tuple[Tensor | slice,
 def _attend(view: LayerView, queries: Queries, winners: Winners) -> tuple[Tensor, Tensor, Tensor]:
     tokens = _tokens(view, queries, winners)
     maximum = tokens.logits.amax(dim=-1)
-    weights = torch.exp(tokens.logits - maximum[..., None])  # [m, u, w * c]
+    weights = torch.exp(tokens.logits - maximum.clamp_min(LOWEST)[..., None])  # [m, u, w * c]
     return maximum, weights.sum(dim=-1), torch.bmm(weights, tokens.value)
 
 
@@ -129,7 +131,7 @@ def _attend_backward(
     view: LayerView, queries: Queries, winners: Winners, log_sum_exp: Tensor, offset: Tensor, grad: Tensor
 ) -> Tensor:
     tokens = _tokens(view, queries, winners)
-    weights = torch.exp(tokens.logits - log_sum_exp[..., None])
+    weights = torch.exp(tokens.logits - log_sum_exp.clamp_min(LOWEST)[..., None])
     of_weight = row_products(grad, tokens.value, 1.0)
     of_logit = weights.mul_(of_weight.add_(offset[..., None])).mul_(view.geometry.scale)
     near = None

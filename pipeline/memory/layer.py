@@ -203,8 +203,8 @@ class LayerView:
         if not run.near:
             return _best_of_unit(self._logits(asked, keys, None, None, _all_products), dim=3)
         if self.is_rotary:
-            first = int(self.segment.near_index[run.start])
-            near_keys = self.near_chunk_keys[heads, :, first : first + run.stop - run.start]
+            among_near = slice(run.near_start, run.near_start + run.stop - run.start)
+            near_keys = self.near_chunk_keys[heads, :, among_near]
         distance = (queries.offset[:, None] - self._centre(slots))[:, None]  # [U, 1, s]
         return _best_of_unit(self._logits(asked, keys, near_keys, distance, _all_products), dim=3)
 

@@ -143,13 +143,19 @@ class GroupRead:
         """The queries of every rank `[G, B, H, t, D]`, as this shard is asked."""
         return [view.queries(query, tokens) for view, query in zip(self.views, gathered, strict=True)]
 
-    def choose(self, number: int, queries: list[Queries]) -> Callable[[], Shared]:
-        """Starts to find out what a block reads, or remembers it."""
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the host, which nobody else asks for anything, should not wait for the device that searches."""
+        return self.exchange.size == 1 and self.own.segment.device.type != "cpu"
+
+    def choose(self, number: int, queries: list[Queries], unsure: list[Tensor] | None) -> Callable[[], Shared]:
+        """Starts to find out what a block reads, or remembers it; `unsure` as in `search`."""
         if self.kept is not None and number < len(self.kept):
             known = self.kept[number]
             return lambda: known
-        found = [search(view, own) for view, own in zip(self.views, queries, strict=True)]
-        return share(found, self.exchange, k=self.own.segment.settings.top_k_chunks)
+        found = [search(view, own, unsure=unsure) for view, own in zip(self.views, queries, strict=True)]
+        k = self.own.segment.settings.top_k_chunks
+        return share(found, self.exchange, k=k, is_waited_for=self.is_waited_for)
 
     def attend(self, block: _Block, queries: list[Queries]) -> list[Tensor]:
         """What this shard finds for every rank, packed: of `m` units, then of `n` where it holds some of the window."""
@@ -177,6 +183,14 @@ class GroupRead:
                 found.append(attend_window_backward(recent, asked, **_unpacked(of_window, dim)))
             parts.append(torch.cat(found) if len(found) > 1 else found[0])
         return parts
+
+    def observe(self, blocks: list[_Block]) -> None:
+        """Tells how far back the chunks lie that were chosen here."""
+        for block in blocks if self.observe_ages is not None else []:
+            queries = self.queries(block.tokens, block.query)
+            for view, own, winners in zip(self.views, queries, block.shared.winners, strict=True):
+                ages = view.token_distance(own, winners.members, winners.slots)[..., 0]
+                self.observe_ages(ages[winners.valid])  # type: ignore[misc]
 
     def to_owners(self, block: _Block, parts: list[Tensor], *, purpose: str) -> Callable[[], list[list[Tensor]]]:
         """Starts to give what this shard found out for the queries of every rank to that rank.
@@ -244,58 +258,67 @@ def read(query: Tensor, group: GroupRead) -> tuple[Tensor, ...]:
     return results
 
 
+def _forward(query: Tensor, group: GroupRead, unsure: list[Tensor] | None) -> tuple[list[Tensor], list[_Block]]:
+    """What `read` returns, and what its backward pass needs. Scores and partial results travel while it works on.
+
+    `unsure` as in `search`.
+    """
+    results = [
+        x for _ in group.pools for x in (torch.empty_like(query), query.new_empty(query.shape[:-1]))
+    ]  # values and log-sum-exp of what was retrieved, and of the window
+    blocks: list[_Block] = []
+    on_the_way: list[tuple[_Block, Callable[[], list[list[Tensor]]]]] = []
+
+    def land() -> None:
+        block, wait = on_the_way.pop(0)
+        received = wait()
+        for kind, pools in enumerate(group.pools):
+            parts = [(part[kind], held) for part, held in zip(received, block.shared.holders, strict=True)]
+            if kind == 1:
+                parts = [(part, torch.arange(len(part), device=part.device)) for part, _ in parts]
+            sizes = {"num_heads": query.shape[1], "num_tokens": block.tokens.stop - block.tokens.start}
+            num_units = pools.num_units(len(query), **sizes)
+            partial = combine(
+                [Partial.unpacked(part) for part, _ in parts], [members for _, members in parts], num_units
+            )
+            total = partial.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
+            values, log_sum_exp = results[2 * kind : 2 * kind + 2]
+            values[:, :, block.tokens] = pools.by_row(partial.weighted / total[..., None], **sizes)
+            log_sum_exp[:, :, block.tokens] = pools.by_row(partial.maximum + total.log(), **sizes)
+
+    def read(tokens: slice, gathered: Tensor, queries: list[Queries], sharing: Callable[[], Shared]) -> None:
+        block = _Block(tokens, gathered, sharing())
+        on_the_way.append((block, group.to_owners(block, group.attend(block, queries), purpose="partials")))
+        if len(on_the_way) > 1:
+            land()
+        blocks.append(block)
+
+    searched: tuple[slice, Tensor, list[Queries], Callable[[], Shared]] | None = None
+    for number, (tokens, gathered) in enumerate(group.blocks(query)):
+        queries = group.queries(tokens, gathered)
+        sharing = group.choose(number, queries, unsure)
+        if searched is not None:
+            read(*searched)
+        searched = (tokens, gathered, queries, sharing)
+    assert searched is not None
+    read(*searched)
+    land()
+    return results, blocks
+
+
 class _Read(torch.autograd.Function):
-    """Search and attention. Scores of a block travel while the next one is searched, partial results as well."""
+    """Search and attention, with what was chosen kept between them and their gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, group: GroupRead) -> tuple[Tensor, ...]:
-        results = [
-            x for _ in group.pools for x in (torch.empty_like(query), query.new_empty(query.shape[:-1]))
-        ]  # values and log-sum-exp of what was retrieved, and of the window
-        is_repeated = bool(group.kept)
-        blocks: list[_Block] = []
-        on_the_way: list[tuple[_Block, Callable[[], list[list[Tensor]]]]] = []
-
-        def land() -> None:
-            block, wait = on_the_way.pop(0)
-            received = wait()
-            for kind, pools in enumerate(group.pools):
-                parts = [(part[kind], held) for part, held in zip(received, block.shared.holders, strict=True)]
-                if kind == 1:
-                    parts = [(part, torch.arange(len(part), device=part.device)) for part, _ in parts]
-                sizes = {"num_heads": query.shape[1], "num_tokens": block.tokens.stop - block.tokens.start}
-                num_units = pools.num_units(len(query), **sizes)
-                partial = combine(
-                    [Partial.unpacked(part) for part, _ in parts], [members for _, members in parts], num_units
-                )
-                total = partial.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
-                values, log_sum_exp = results[2 * kind : 2 * kind + 2]
-                values[:, :, block.tokens] = pools.by_row(partial.weighted / total[..., None], **sizes)
-                log_sum_exp[:, :, block.tokens] = pools.by_row(partial.maximum + total.log(), **sizes)
-
-        def read(tokens: slice, gathered: Tensor, queries: list[Queries], sharing: Callable[[], Shared]) -> None:
-            block = _Block(tokens, gathered, sharing())
-            on_the_way.append((block, group.to_owners(block, group.attend(block, queries), purpose="partials")))
-            if len(on_the_way) > 1:
-                land()
-            blocks.append(block)
-            if group.observe_ages is not None and not is_repeated:
-                for view, own, winners in zip(group.views, queries, block.shared.winners, strict=True):
-                    ages = view.token_distance(own, winners.members, winners.slots)[..., 0]
-                    group.observe_ages(ages[winners.valid])
-
-        searched: tuple[slice, Tensor, list[Queries], Callable[[], Shared]] | None = None
-        for number, (tokens, gathered) in enumerate(group.blocks(query)):
-            queries = group.queries(tokens, gathered)
-            sharing = group.choose(number, queries)
-            if searched is not None:
-                read(*searched)
-            searched = (tokens, gathered, queries, sharing)
-        assert searched is not None
-        read(*searched)
-        land()
-        if group.kept is not None and not is_repeated:
-            group.kept.extend(block.shared for block in blocks)
+        unsure: list[Tensor] | None = [] if group.is_waited_for else None
+        results, blocks = _forward(query, group, unsure)
+        if unsure and bool(torch.stack(unsure).any()):  # the host's only wait
+            results, blocks = _forward(query, group, None)
+        if not group.kept:
+            group.observe(blocks)
+            if group.kept is not None:
+                group.kept.extend(block.shared for block in blocks)
         ctx.save_for_backward(*results, *(tensor for block in blocks for tensor in block.tensors()))
         ctx.group, ctx.tokens = group, [block.tokens for block in blocks]
         return tuple(results)

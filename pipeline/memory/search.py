@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +79,15 @@ def sort_keys(scores: Tensor, order: Tensor) -> Tensor:
 EMPTY_KEY = int(sort_keys(torch.tensor(NOTHING), torch.tensor(0)))
 
 
-def search(view: LayerView, queries: Queries) -> Retrieved:
+def search(view: LayerView, queries: Queries, *, unsure: list[Tensor] | None = None) -> Retrieved:
     """Finds the best visible chunks of every query.
 
     Args:
         view: The memory layer.
         queries: A block of queries.
+        unsure: A place for flags, bool `[]`, that say whether more chunks scored alike than were looked at: then what
+            was found may be wrong, and is to be searched for again without this. None: that is seen to here, for which
+            the host waits for an accelerator.
 
     Returns:
         The `k` best (all, if fewer are visible).
@@ -91,13 +95,14 @@ def search(view: LayerView, queries: Queries) -> Retrieved:
     Source:
         Wang et al. 2023, section 2.3 (token-to-chunk retrieval).
     """
-    backend: Callable[[LayerView, Queries, Run], Retrieved] = _with_torch
+    with_torch = partial(_with_torch, unsure=unsure)
+    backend: Callable[[LayerView, Queries, Run], Retrieved] = with_torch
     if view.segment.settings.search == "faiss":
         backend = _with_faiss
     best: Retrieved | None = None
     for run in view.segment.runs:
         # Near runs hold few slots, each with its own distance to each query: no index helps there.
-        found = _with_torch(view, queries, run) if run.near else backend(view, queries, run)
+        found = with_torch(view, queries, run) if run.near else backend(view, queries, run)
         best = found if best is None else _best_of(best, found, view.segment.settings.top_k_chunks)
     if best is None:
         empty = queries.far[..., 0, :0].long()
@@ -144,7 +149,7 @@ def search_at_once(shape: Sequence[int], of_a_unit: int, *, device: str) -> tupl
     return at_once(num_kv_heads, num_pools * num_units * of_a_unit, device=device), units
 
 
-def _with_torch(view: LayerView, queries: Queries, run: Run) -> Retrieved:
+def _with_torch(view: LayerView, queries: Queries, run: Run, *, unsure: list[Tensor] | None = None) -> Retrieved:
     bound, k = view.rounding_bound(queries), view.segment.settings.top_k_chunks
     num_kv_heads, _, num_units = bound.shape
     hidden = view.segment.hidden(queries.documents, run)
@@ -156,13 +161,20 @@ def _with_torch(view: LayerView, queries: Queries, run: Run) -> Retrieved:
     for head in range(0, num_kv_heads, heads):
         for unit in range(0, num_units, units):
             piece = slice(head, head + heads), slice(None), slice(unit, unit + units)
-            part = _of_piece(view, queries, run, piece, bound[piece], None if hidden is None else hidden[piece[1:]])
+            unseen = None if hidden is None else hidden[piece[1:]]
+            part = _of_piece(view, queries, run, piece, bound[piece], unseen, unsure)
             found.keys[piece], found.slots[piece] = part.keys, part.slots
     return found
 
 
 def _of_piece(
-    view: LayerView, queries: Queries, run: Run, piece: tuple[slice, ...], bound: Tensor, hidden: Tensor | None
+    view: LayerView,
+    queries: Queries,
+    run: Run,
+    piece: tuple[slice, ...],
+    bound: Tensor,
+    hidden: Tensor | None,
+    unsure: list[Tensor] | None,
 ) -> Retrieved:
     """The best of a run for a piece `[heads, P, units]` of a block; `bound` and `hidden` are of that piece."""
     scores = view.run_scores(queries.part(*piece), run, piece[0])
@@ -172,8 +184,12 @@ def _of_piece(
     top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
     members = queries.members[piece].flatten()
     chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members, k)
+    if top.values.shape[-1] == scores.shape[-1]:
+        return Retrieved(*(part.view(*bound.shape, k) for part in (chosen.keys, chosen.slots)))  # there are no others
     open_ended = _is_open(top.values, bound, k)
-    if open_ended is not None and top.values.shape[-1] < scores.shape[-1]:
+    if unsure is not None:
+        unsure.append(open_ended.any())
+    elif bool(open_ended.any()):
         # More chunks than the margin score alike: look at all of them, in no more space than the scores take.
         lowest = (top.values[..., k - 1] - bound).flatten()[:, None]
         rows, asked = scores.flatten(0, 2), open_ended.flatten().nonzero()[:, 0]
@@ -196,8 +212,8 @@ def _choose(
     return Retrieved(best.values, slots.gather(-1, best.indices))
 
 
-def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
-    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, P, U]`; None: no query.
+def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor:
+    """Queries whose last candidate may be as good as their `k`-th, bool `[Hkv, P, U]`.
 
     Args:
         scores: Candidates' scores, best first, `[Hkv, P, U, w]`.
@@ -208,8 +224,7 @@ def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor | None:
         The queries.
     """
     is_open = scores[..., -1] >= scores[..., k - 1] - bound
-    is_open &= scores[..., -1] != NOTHING
-    return is_open if bool(is_open.any()) else None
+    return is_open & (scores[..., -1] != NOTHING)
 
 
 def _with_faiss(view: LayerView, queries: Queries, run: Run) -> Retrieved:
@@ -229,7 +244,7 @@ def _with_faiss(view: LayerView, queries: Queries, run: Run) -> Retrieved:
                 scores[head, pool, members, : value.shape[-1]] = value * view.geometry.scale
                 indices[head, pool, members, : value.shape[-1]] = columns[index]
     scores, indices = scores.to(view.segment.device), indices.to(view.segment.device)
-    if scores.shape[-1] < num_slots and _is_open(scores, view.rounding_bound(queries), k) is not None:
+    if scores.shape[-1] < num_slots and bool(_is_open(scores, view.rounding_bound(queries), k).any()):
         return _with_torch(view, queries, run)  # faiss decides between equal scores in its own way
     everyone = queries.members.flatten()
     chosen = _choose(view, queries, run, scores.flatten(0, 2), indices.flatten(0, 2), everyone, k)

@@ -100,11 +100,13 @@ class Run:
         start: First slot.
         stop: Slot after the last.
         near: Whether some query reads some of its tokens at their real distance.
+        near_start: Its first slot's number among the slots of near runs.
     """
 
     start: int
     stop: int
     near: bool
+    near_start: int = 0
 
 
 class SegmentView:
@@ -200,12 +202,14 @@ class SegmentView:
         if not self.is_window and self.settings.top_k_chunks == 0:
             visible[:] = False
         nearest = start + self.reading.first - (positions + self.chunk_size - 1)
-        near = nearest <= self.rule.near_limit
+        near, num_near = nearest <= self.rule.near_limit, 0
         for mask, is_near in ((visible & ~near, False), (visible & near, True)):
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
             for begin, stop in edges.reshape(-1, 2).tolist():
                 for first in range(begin, stop, SLOTS_PER_BLOCK):
-                    yield Run(first, min(first + SLOTS_PER_BLOCK, stop), is_near)
+                    last = min(first + SLOTS_PER_BLOCK, stop)
+                    yield Run(first, last, is_near, num_near)
+                    num_near += (last - first) * is_near
 
     @cached_property
     def slot_order(self) -> Tensor:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.memory.attend import Partial
+from pipeline.memory.attend import LOWEST, Partial
 from pipeline.memory.layer import LayerView, Queries
-
-_LOWEST = torch.finfo(torch.float32).min
 
 
 def attend_window(view: LayerView, queries: Queries) -> Partial:
@@ -26,7 +24,7 @@ def attend_window(view: LayerView, queries: Queries) -> Partial:
     """
     logits = view.window_logits(queries)  # [Hkv, P, U * u, w]
     maximum = logits.amax(dim=-1)
-    weights = torch.exp(logits - maximum.clamp_min(_LOWEST)[..., None])
+    weights = torch.exp(logits - maximum.clamp_min(LOWEST)[..., None])
     weighted = torch.matmul(weights, view.window_values)
     units = queries.far.shape[:4]
     found = (x.view(*units, *x.shape[3:]).flatten(0, 2) for x in (maximum, weights.sum(dim=-1), weighted))
@@ -51,7 +49,7 @@ def attend_window_backward(
     num_kv_heads, num_pools, num_units, num_queries, dim = queries.far.shape
     by_pool = (num_kv_heads, num_pools, num_units * num_queries)
     weights = view.window_logits(queries)
-    weights = weights.sub_(log_sum_exp.view(*by_pool, 1).clamp_min(_LOWEST)).exp_()
+    weights = weights.sub_(log_sum_exp.view(*by_pool, 1).clamp_min(LOWEST)).exp_()
     of_weight = torch.matmul(grad.view(*by_pool, dim), view.window_values.transpose(-1, -2))
     of_logit = weights.mul_(of_weight.add_(offset.view(*by_pool, 1))).mul_(view.geometry.scale)
     near = torch.matmul(of_logit, view.window_keys).view(-1, num_queries, dim)

@@ -29,7 +29,7 @@ class Winners:
     Attributes:
         members: Which queries, as numbers in the flattened `[Hkv, P, U]`, ascending, int64 `[m]`.
         slots: Their chunks, best first, int32 `[m, w]` with `w <= k`; meaningless beyond the count.
-        counts: How many chunks each has, at least 1, int32 `[m]`.
+        counts: How many chunks each has, int32 `[m]`; 0 only in `whole`.
     """
 
     members: Tensor
@@ -61,6 +61,13 @@ class Winners:
         width = int(counts.max()) if len(counts) else 0
         return cls(members, found.slots.flatten(0, 2)[members, :width].to(torch.int32), counts)
 
+    @classmethod
+    def whole(cls, found: Retrieved) -> Winners:
+        """Keeps everything, of all units: nothing is counted on the host, which would wait for an accelerator."""
+        slots, valid = found.slots.flatten(0, 2).to(torch.int32), found.valid.flatten(0, 2)
+        members = torch.arange(len(slots), device=slots.device)
+        return cls(members, slots, valid.sum(dim=-1, dtype=torch.int32))
+
     def pieces(self, num_chunks: int) -> Iterator[tuple[Tensor, Winners]]:
         """Cuts them up into queries with equally many chunks, so that every entry holds one.
 
@@ -90,7 +97,7 @@ class Shared:
     holders: list[Tensor]
 
 
-def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Callable[[], Shared]:
+def share(found: list[Retrieved], exchange: Exchange, *, k: int, is_waited_for: bool = False) -> Callable[[], Shared]:
     """Starts to find out what, of what this shard found for the queries of every rank, is of the group's best `k`.
 
     Collective: every rank of the group must call it, and what it returns.
@@ -99,12 +106,13 @@ def share(found: list[Retrieved], exchange: Exchange, *, k: int) -> Callable[[],
         found: For the queries of each rank, in rank order.
         exchange: The group.
         k: Chunks that each query reads.
+        is_waited_for: Whether a rank alone must not count on the host what was found.
 
     Returns:
         Waits for the scores, and returns the winners and where those of this rank's own queries are.
     """
     if exchange.size == 1 or k == 0:
-        found_here = [Winners.of(retrieved) for retrieved in found]
+        found_here = [Winners.whole(each) if is_waited_for else Winners.of(each) for each in found]
         return lambda: Shared(found_here, [winners.members for winners in found_here])
     found = [retrieved.padded(k) for retrieved in found]
     scores = [retrieved.scores.flatten(0, 2) for retrieved in found]
