@@ -63,6 +63,7 @@ class Backbone(nn.Module):
         self._calls: dict[int, LayerCall] = {}
         self._projected: dict[tuple[int, str], Tensor] = {}
         self._mask_documents: Tensor | None = None
+        self._masks: dict[int | None, Tensor] = {}  # of those documents, by sliding window: layers share them
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.eval()
@@ -150,6 +151,7 @@ class Backbone(nn.Module):
             self._taps.clear()
             self._calls.clear()
             self._projected.clear()
+            self._masks.clear()
             self._mask_documents = None
 
     @contextmanager
@@ -178,8 +180,9 @@ class Backbone(nn.Module):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._mask_documents is not None:
                 window = sliding_window(self.attention(layer))
-                mask = document_mask(self._mask_documents, dtype=args[0].dtype, window=window)
-                args, kwargs = _with_mask(args, kwargs, mask)
+                if window not in self._masks:
+                    self._masks[window] = document_mask(self._mask_documents, dtype=args[0].dtype, window=window)
+                args, kwargs = _with_mask(args, kwargs, self._masks[window])
             if layer - 1 in self.tap_points:  # taps are named by the layers passed
                 self._taps[layer - 1] = args[0]
             if layer in self.call_layers:

@@ -191,8 +191,8 @@ class Sizes:
         layout, shape = self.layout, self.shape
         taps = len({*layout.taps, len(shape.layers)}) * shape.hidden_size
         each = taps + len(layout.memory_layers) * 2 * shape.num_kv_heads * shape.head_dim
-        if self.config.memory.scope == "document":  # each layer's call holds its mask
-            each += layout.num_layers * (self.config.train.segment_tokens + self.config.backbone.context_tokens)
+        if self.config.memory.scope == "document":  # one mask for layers with a sliding window, one for the others
+            each += min(2, layout.num_layers) * (self.config.train.segment_tokens + self.config.backbone.context_tokens)
         return self.number_bytes * num_tokens * each
 
     def loss(self) -> Iterator[Part]:
