@@ -5,7 +5,7 @@ Segments of 256 tokens, chunks of 4, fp32. Of each text the tokens from `--skip-
   again    four passages of the novel (from tokens 259, 559, 859 and 1,159), read again after 4,096 tokens of it: can it
            copy from far back?
   library  as novel, on source text;
-  far      1,024 tokens of the novel scored after 16,384, by size of the memory.
+  far      1,024 tokens of the novel scored after `--far-tokens`, by size of the memory.
 The rival is the backbone alone with an ordinary window: each segment is scored with the tokens before it that make up
 the window. At places where tokens end whose next one is not read nothing is scored.
 
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.backbone.backbone import Backbone
-from pipeline.backbone.encoding import Encoding
+from pipeline.backbone.encoding import Encoding, KeyValue
 from pipeline.config.model import MemoryConfig, ModelSettings, SideNetConfig
 from pipeline.model.longmem import LongMem, layout_of, sink_token
 from pipeline.model.stream import Seen, Stream
@@ -34,7 +34,7 @@ from pipeline.sidenet.sidenet import SideNet
 
 SEGMENT = 256
 PASSAGES = (259, 559, 859, 1159)
-BEFORE, SCORED, FAR_BEFORE, FAR_SCORED = 4096, 1536, 16_384, 1024
+BEFORE, SCORED, FAR_SCORED = 4096, 1536, 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Row:
     memory: int | None = BEFORE
 
 
-BEST = Row("", 256, True, 512, 32, "kv_head", "clamp:1024")
+BEST = Row("", 256, True, 512, 32, "kv_head", "fixed:768")
 ROWS = [
     Row("nothing", memory=None),
     Row("16 chunks a head, clamp:512"),
@@ -65,39 +65,25 @@ ROWS = [
     Row("context 256, sink, window 512", 256, True, 512, 0),
     Row("context 256, sink, window 512, 16 a head", 256, True, 512, 16),
     Row("context 256, sink, window 128, 32 shared", 256, True, 128, 32, "kv_head"),
-    Row("context 256, sink, window 512, 32 shared", 256, True, 512, 32, "kv_head"),
-    replace(BEST, name="the same, clamp:1024"),
-    replace(BEST, name="the same, context 128", context=128),
-    *(replace(BEST, name=f"clamp:1024, top {layers} layers", layers=layers) for layers in (24, 18, 12, 6)),
+    *(
+        replace(BEST, name=f"context 256, sink, window 512, 32 shared, {position}", position=position)
+        for position in ("clamp:512", "clamp:1024", "fixed:1024", "fixed:768")
+    ),
+    replace(BEST, name="fixed:768, window 256", window=256),
+    replace(BEST, name="fixed:768, 16 chunks", chunks=16),
+    replace(BEST, name="fixed:768, 128 chunks", chunks=128),
+    replace(BEST, name="fixed:768, context 128", context=128),
+    replace(BEST, name="fixed:768, context 512", context=512),
+    *(replace(BEST, name=f"fixed:768, top {layers} layers", layers=layers) for layers in (24, 18, 12, 6)),
 ]
 FAR_ROWS = [
     replace(BEST, name="top 18 layers, window only", layers=18, chunks=0),
-    *(replace(BEST, name=f"top 18 layers, memory {size:,}", layers=18, memory=size) for size in (1024, 4096, 16_384)),
+    *(
+        replace(BEST, name=f"top 18 layers, memory {size:,}", layers=18, memory=size)
+        for size in (1024, 4096, 16_384, 65_536)
+    ),
 ]
 WINDOWS = (256, 512, 1024, 2048, 4096, 8192)
-
-
-class Texts:
-    """Token sequences that are encoded once for every amount of left context, for all layers."""
-
-    def __init__(self, backbone: Backbone, tokens: dict[str, torch.Tensor]) -> None:
-        self.backbone, self.tokens = backbone, tokens
-        self._encoded: dict[tuple[str, int], list[Encoding]] = {}
-        token = sink_token(backbone.model.config)
-        self.sink = backbone(torch.tensor([[token]])).memory
-
-    def encodings(self, name: str, context: int) -> list[Encoding]:
-        """Every segment of a text; only the last context asked for is kept."""
-        if (name, context) not in self._encoded:
-            self._encoded = {key: value for key, value in self._encoded.items() if key[1] == context}
-            tokens = self.tokens[name][None]
-            starts = range(0, tokens.shape[1] - SEGMENT + 1, SEGMENT)
-            before = [min(context, start) for start in starts]
-            self._encoded[name, context] = [
-                self.backbone(tokens[:, start - n : start + SEGMENT], None, n)
-                for start, n in zip(starts, before, strict=True)
-            ]
-        return self._encoded[name, context]
 
 
 def targets_of(tokens: torch.Tensor, start: int, *, is_passage: bool) -> torch.Tensor:
@@ -108,50 +94,69 @@ def targets_of(tokens: torch.Tensor, start: int, *, is_passage: bool) -> torch.T
     return targets[None]
 
 
-@torch.no_grad()
-def perplexity(row: Row, texts: Texts, name: str, *, first: int) -> float:
-    """Perplexity of the tokens from `first` on; every segment is remembered as it goes by."""
-    backbone, tokens, num_layers = texts.backbone, texts.tokens[name], len(texts.backbone.layers)
-    memory = MemoryConfig(
-        tokens=row.memory or BEFORE,
-        top_k_tokens=4 * max(1, row.chunks),
-        position=row.position,
-        retrieve_for=row.retrieve_for,  # type: ignore[arg-type]
-        window_tokens=row.window,
-        sink=row.sink,
-    )
-    side = {"layout": "top", "num_layers": row.layers or num_layers, "memory_layers": "all", "fusion": "joint"}
-    sidenet = SideNetConfig.model_validate(side)
-    settings = ModelSettings(memory=memory, sidenet=sidenet, segment_tokens=SEGMENT)
-    layout = layout_of(sidenet, num_layers)
-    sink_rule = PositionRule.parse(row.position)
-    model = LongMem(settings, backbone, SideNet(backbone, layout, fusion="joint", sink_rule=sink_rule))
-    stream, documents = Stream(model, model.bank(1)), torch.zeros(1, SEGMENT, dtype=torch.int64)
-    reads = "none" if row.memory is None else "own" if row.chunks else "window"
-    sources = [source - 1 for source in layout.memory_sources]
-    total, count = 0.0, 0
-    for index, encoding in enumerate(texts.encodings(name, row.context)):
-        start = index * SEGMENT
-        # Encoded once for all rows, with the keys and values of every layer: a row remembers some.
-        kept = encoding._replace(memory=[encoding.memory[source] for source in sources])
+class Reader:
+    """One row of the table, reading on."""
+
+    def __init__(self, row: Row, backbone: Backbone) -> None:
+        self.row, num_layers = row, len(backbone.layers)
+        memory = MemoryConfig(
+            tokens=row.memory or BEFORE,
+            top_k_tokens=4 * max(1, row.chunks),
+            position=row.position,
+            retrieve_for=row.retrieve_for,  # type: ignore[arg-type]
+            window_tokens=row.window,
+            sink=row.sink,
+        )
+        side = {"layout": "top", "num_layers": row.layers or num_layers, "memory_layers": "all", "fusion": "joint"}
+        sidenet = SideNetConfig.model_validate(side)
+        settings = ModelSettings(memory=memory, sidenet=sidenet, segment_tokens=SEGMENT)
+        layout = layout_of(sidenet, num_layers)
+        sink_rule = PositionRule.parse(row.position)
+        model = LongMem(settings, backbone, SideNet(backbone, layout, fusion="joint", sink_rule=sink_rule))
+        self.stream = Stream(model, model.bank(1))
+        self.sources = [source - 1 for source in layout.memory_sources]
+        self.total, self.count, self.seconds = 0.0, 0, 0.0
+
+    def read(self, encoding: Encoding, sinks: Sequence[KeyValue], start: int, targets: torch.Tensor | None) -> None:
+        """Remembers a segment, encoded with the keys and values of every layer, and scores it if it has targets."""
+        begun, row = time.perf_counter(), self.row
+        kept = encoding._replace(memory=[encoding.memory[source] for source in self.sources])
         if row.sink:
-            kept = kept._replace(sinks=[texts.sink[source] for source in sources])
-        seen = Seen(kept, documents, start)
-        stream.remember(seen)
-        if start >= first:
-            targets = targets_of(tokens, start, is_passage=name == "again")
-            total += float(stream.losses(seen, targets, memory=reads).sum())
-            count += int((targets != -100).sum())
-    return math.exp(total / count)
+            kept = kept._replace(sinks=[sinks[source] for source in self.sources])
+        seen = Seen(kept, torch.zeros(1, SEGMENT, dtype=torch.int64), start)
+        self.stream.remember(seen)
+        if targets is not None:
+            reads = "none" if row.memory is None else "own" if row.chunks else "window"
+            self.total += float(self.stream.losses(seen, targets, memory=reads).sum())
+            self.count += int((targets != -100).sum())
+        self.seconds += time.perf_counter() - begun
 
 
 @torch.no_grad()
-def window_perplexity(window: int, texts: Texts, name: str, *, first: int) -> float:
+def perplexities(
+    rows: Sequence[Row], backbone: Backbone, tokens: torch.Tensor, *, first: int, name: str
+) -> list[Reader]:
+    """Reads a text, of which the tokens from `first` on are scored, for all rows side by side."""
+    sinks = backbone(torch.tensor([[sink_token(backbone.model.config)]])).memory
+    readers = [Reader(row, backbone) for row in rows]
+    for start in range(0, len(tokens) - SEGMENT + 1, SEGMENT):
+        targets = targets_of(tokens, start, is_passage=name == "again") if start >= first else None
+        for context in sorted({row.context for row in rows}):
+            before = min(context, start)
+            encoding = backbone(tokens[None, start - before : start + SEGMENT], None, before)
+            for reader in readers:
+                if reader.row.context == context:
+                    reader.read(encoding, sinks, start, targets)
+    return readers
+
+
+@torch.no_grad()
+def window_perplexity(window: int, backbone: Backbone, tokens: torch.Tensor, *, first: int, name: str) -> float:
     """Perplexity of the same tokens by the backbone alone, which sees its segment and what fits before it."""
-    tokens, total, count = texts.tokens[name], 0.0, 0
+    total, count = 0.0, 0
     for start in range(first, len(tokens) - SEGMENT + 1, SEGMENT):
         before = min(start, window - SEGMENT)
-        logits = texts.backbone.model(tokens[None, start - before : start + SEGMENT], logits_to_keep=SEGMENT).logits
+        logits = backbone.model(tokens[None, start - before : start + SEGMENT], logits_to_keep=SEGMENT).logits
         targets = targets_of(tokens, start, is_passage=name == "again")
         loss = torch.nn.functional.cross_entropy(logits[0].float(), targets[0], reduction="sum")
         total, count = total + float(loss), count + int((targets != -100).sum())
@@ -165,23 +170,21 @@ def read_tokens(path: Path, backbone: str, skip: int) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[skip:]
 
 
-def show(title: str, rows: Sequence[Row], texts: Texts, tasks: dict[str, int], wanted: str) -> None:
-    """Prints a table: rows by tasks; `tasks` says from which token on each is scored."""
-    print(f"{title:44} " + " ".join(f"{name:>8}" for name in tasks) + f" {'seconds':>8}")
-    order = sorted(range(len(rows)), key=lambda number: rows[number].context)  # what is encoded is used up
-    for row in (rows[number] for number in order):
-        if wanted in row.name:
-            begun = time.perf_counter()
-            found = [perplexity(row, texts, name, first=first) for name, first in tasks.items()]
-            seconds = time.perf_counter() - begun
-            print(f"{row.name:44} " + " ".join(f"{value:8.2f}" for value in found) + f" {seconds:8.1f}", flush=True)
+def show(title: str, rows: Sequence[Row], backbone: Backbone, texts: dict[str, torch.Tensor], first: int) -> None:
+    """Prints a table, rows by texts; of each text the tokens from `first` on are scored."""
+    read = [perplexities(rows, backbone, tokens, first=first, name=name) for name, tokens in texts.items()]
+    print(f"{title:56} " + " ".join(f"{name:>8}" for name in texts) + f" {'seconds':>8}")
+    for row, readers in zip(rows, zip(*read, strict=True), strict=True):
+        found = " ".join(f"{math.exp(reader.total / reader.count):8.2f}" for reader in readers)
+        print(f"{row.name:56} {found} {sum(reader.seconds for reader in readers):8.1f}", flush=True)
     for window in WINDOWS:
-        name = f"backbone, window {window:,}"
-        if wanted in name and (window <= BEFORE or "far" in tasks):
+        if window <= first:
             begun = time.perf_counter()
-            found = [window_perplexity(window, texts, task, first=first) for task, first in tasks.items()]
-            seconds = time.perf_counter() - begun
-            print(f"{name:44} " + " ".join(f"{value:8.2f}" for value in found) + f" {seconds:8.1f}", flush=True)
+            losses = [
+                window_perplexity(window, backbone, tokens, first=first, name=name) for name, tokens in texts.items()
+            ]
+            found = " ".join(f"{loss:8.2f}" for loss in losses)
+            print(f"{f'backbone, window {window:,}':56} {found} {time.perf_counter() - begun:8.1f}", flush=True)
 
 
 def main() -> None:
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--library", type=Path, help="a source file, such as typing.py of the standard library")
     parser.add_argument("--skip-tokens", type=int, default=2000, help="tokens at the start of the novel left out")
     parser.add_argument("--tasks", default="novel,again,library,far")
+    parser.add_argument("--far-tokens", type=int, default=16_384, help="tokens before what `far` scores")
     parser.add_argument("--rows", default="", help="only the rows whose name holds this text")
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.backbone, dtype=torch.float32)
@@ -199,21 +203,20 @@ def main() -> None:
     every = range(1, num_layers + 1)
     backbone = Backbone(model, taps=range(num_layers + 1), calls=every, memory_layers=every)
     ids = read_tokens(arguments.text, arguments.backbone, arguments.skip_tokens)
-    tokens = {
+    texts = {
         "novel": ids[: BEFORE + SCORED + 1],
         "again": torch.cat([ids[:BEFORE], *[ids[at : at + SEGMENT] for at in PASSAGES], ids[:1]]),
-        "far": ids[: FAR_BEFORE + FAR_SCORED + 1],
     }
     if arguments.library is not None:
-        tokens["library"] = read_tokens(arguments.library, arguments.backbone, 0)[: BEFORE + SCORED + 1]
-    first = {"novel": BEFORE, "again": BEFORE, "library": BEFORE, "far": FAR_BEFORE}
-    tasks = {name: first[name] for name in arguments.tasks.split(",") if name in tokens}
-    texts = Texts(backbone, tokens)
-    near = {name: at for name, at in tasks.items() if name != "far"}
-    if near:
-        show("untrained SideNet, all layers", ROWS, texts, near, arguments.rows)
+        texts["library"] = read_tokens(arguments.library, arguments.backbone, 0)[: BEFORE + SCORED + 1]
+    tasks = arguments.tasks.split(",")
+    rows = [row for row in ROWS if arguments.rows in row.name]
+    if texts := {name: tokens for name, tokens in texts.items() if name in tasks}:
+        show("untrained SideNet, all layers", rows, backbone, texts, BEFORE)
     if "far" in tasks:
-        show("far into the novel", FAR_ROWS, texts, {"far": tasks["far"]}, arguments.rows)
+        far = arguments.far_tokens
+        rows = [row for row in FAR_ROWS if arguments.rows in row.name and (row.memory or 0) <= far]
+        show(f"{far:,} tokens into the novel", rows, backbone, {"far": ids[: far + FAR_SCORED + 1]}, far)
 
 
 if __name__ == "__main__":
