@@ -20,7 +20,42 @@ MOST_OF_A_BLOCK, MOST_OF_A_READ = 200, 250  # seen: 188 and 211
 # Operations that start nothing on a device.
 VIEWS = {
     f"aten::{name}"
-    for name in ["view", "reshape", "expand", "expand_as", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute", "t", "flatten", "unflatten", "as_strided", "empty", "empty_like", "empty_strided", "new_empty", "detach", "resolve_conj", "resolve_neg", "lift_fresh", "alias", "_unsafe_view", "view_as", "split", "split_with_sizes", "unbind", "numpy_T", "narrow", "_reshape_alias", "resize_", "item", "to"]
+    for name in [
+        "view",
+        "reshape",
+        "expand",
+        "expand_as",
+        "slice",
+        "select",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "t",
+        "flatten",
+        "unflatten",
+        "as_strided",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "detach",
+        "resolve_conj",
+        "resolve_neg",
+        "lift_fresh",
+        "alias",
+        "_unsafe_view",
+        "view_as",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "numpy_T",
+        "narrow",
+        "_reshape_alias",
+        "resize_",
+        "item",
+        "to",
+    ]
 }
 
 
