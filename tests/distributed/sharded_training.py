@@ -101,7 +101,7 @@ def measured_choices() -> Iterator[list[float]]:
     """Collects how narrowly each search decided; `Outcome.narrowest` says in which units."""
     found = [float("inf")]
 
-    def measuring(view: LayerView, queries: Queries) -> Retrieved:
+    def measuring(view: LayerView, queries: Queries, *, unsure: list[Tensor] | None = None) -> Retrieved:
         k, wider, segment = view.segment.settings.top_k_chunks, copy(view), copy(view.segment)
         segment.settings = replace(segment.settings, top_k_chunks=k + 1)
         wider.segment = segment
@@ -111,7 +111,7 @@ def measured_choices() -> Iterator[list[float]]:
             unit = lengths * view.largest_key[..., None] * view.geometry.scale
             gaps = (scores[..., k - 1] - scores[..., k]) / unit
             found.extend(gaps[gaps > 0].tolist())
-        return search(view, queries)
+        return search(view, queries, unsure=unsure)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "search", measuring)

@@ -65,7 +65,8 @@ def test_paper_and_deep_are_the_profiles_of_the_design() -> None:
     for name in ("deep.yaml", "quickstart.yaml"):
         deep = load_config(REPOSITORY / "configs" / name)
         assert (deep.sidenet.layout, deep.sidenet.memory_layers) == ("top", "all")
-        assert (deep.sidenet.fusion, deep.memory.position) == ("joint", "clamp:512")
+        assert (deep.sidenet.fusion, deep.memory.position) == ("joint", "fixed:768")
+        assert (deep.memory.sink, deep.memory.window_tokens, deep.memory.retrieve_for) == (True, 512, "kv_head")
 
 
 def test_every_setting_has_words_and_help_fits_the_terminal() -> None:
