@@ -101,7 +101,7 @@ def measured_choices() -> Iterator[list[float]]:
     """Collects how narrowly each search decided; `Outcome.narrowest` says in which units."""
     found = [float("inf")]
 
-    def measuring(view: LayerView, queries: Queries, *, unsure: list[Tensor] | None = None) -> Retrieved:
+    def measuring(view: LayerView, queries: Queries, *, unsure: list[torch.Tensor] | None = None) -> Retrieved:
         k, wider, segment = view.segment.settings.top_k_chunks, copy(view), copy(view.segment)
         segment.settings = replace(segment.settings, top_k_chunks=k + 1)
         wider.segment = segment
