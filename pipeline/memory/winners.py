@@ -65,6 +65,8 @@ class Winners:
     def whole(cls, found: Retrieved) -> Winners:
         """Keeps everything, of all units: nothing is counted on the host, which would wait for an accelerator."""
         slots, valid = found.slots.flatten(0, 2).to(torch.int32), found.valid.flatten(0, 2)
+        if slots.shape[-1] == 0:
+            slots, valid = slots[:0], valid[:0]
         members = torch.arange(len(slots), device=slots.device)
         return cls(members, slots, valid.sum(dim=-1, dtype=torch.int32))
 
