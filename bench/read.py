@@ -5,8 +5,8 @@
     dense  PyTorch's attention over everything that is remembered, its keys kept rotated
 
 One rank, shapes of SmolLM2-135M. All ways read the same queries and the same bank, in turns; seconds are medians, of
-forward and backward together where they are compared. What is retrieved is read at the far distance (`fixed:512`) and
-so read alike by `plain`, whose results are compared with ours before anything is timed; `clamp:512` has near chunks as
+forward and backward together where they are compared. What is retrieved is read at the far distance (`fixed:768`) and
+so read alike by `plain`, whose results are compared with ours before anything is timed; `clamp:768` has near chunks as
 well where there is no window. A reader is made for every read: what holds for a segment is paid for by one layer here.
 `dense` also works out gradients of keys and values, which nobody needs; the way to leave them out is not PyTorch's.
 
@@ -29,6 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Threads wait for each other by turning round, not by sleeping: set before torch starts them.
+os.environ.setdefault("OMP_WAIT_POLICY", "active")
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +50,7 @@ from pipeline.planning.shapes import shape_of
 from pipeline.planning.sizes import bank_shape
 from pipeline.positions import PositionEncoding, PositionRule
 
-HEADS, KV_HEADS, DIM, SEGMENT, CHUNK, WINDOW, FAR = 9, 3, 64, 256, 4, 512, 512
+HEADS, KV_HEADS, DIM, SEGMENT, CHUNK, WINDOW, FAR = 9, 3, 64, 256, 4, 512, 768
 TOP_K = {"head": 16, "kv_head": 32}  # chunks
 ENCODING = PositionEncoding(inv_freq=1e5 ** (-torch.arange(0, DIM, 2) / DIM))
 SCALE = DIM**-0.5

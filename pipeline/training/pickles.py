@@ -8,6 +8,7 @@ torch is told to overrule it.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,16 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from pipeline.checkpoint.manifest import DamageError
 
-ALLOWED = (ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler)
+
+
+def _stage_named(enum: Any, name: Any) -> ZeroStageEnum:
+    """A ZeRO stage by its name. Early Pythons 3.11 pickle a member of an enum as `getattr(enum, name)`."""
+    if enum is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"Unsupported global: getattr({str(enum)[:60]}, {str(name)[:60]})")
+    return ZeroStageEnum[name]
+
+
+ALLOWED = (ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler, (_stage_named, "builtins.getattr"))
 """What DeepSpeed 0.19 puts beside tensors: the ZeRO stage, where a parameter lies in a partition, the loss scale."""
 MODEL_STATES = "mp_rank_00_model_states.pt"
 _OPTIM_STATES = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"

@@ -76,6 +76,29 @@ def test_what_deepspeed_writes_is_read(tmp_path):
     assert found["param_slice_mappings"][0]["a.weight"] == fragment_address(numel=6, start=0)
 
 
+class NamedStage:
+    """Pickled as Python 3.11.2 pickles a member of an enum: by `getattr`."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_an_enum_that_was_pickled_by_getattr_is_read(tmp_path):
+    torch.save({"zero_stage": NamedStage(ZeroStageEnum, "gradients")}, tmp_path / "stage.pt")
+    with restricted():
+        assert torch.load(tmp_path / "stage.pt")["zero_stage"] is ZeroStageEnum.gradients
+
+
+@pytest.mark.parametrize("arguments", [(ZeroStageEnum, "__members__"), (torch.Tensor, "numpy"), (fragment_address, "x")])
+def test_getattr_gives_nothing_else(tmp_path, arguments):
+    torch.save(NamedStage(*arguments), tmp_path / "stage.pt")
+    with restricted(), pytest.raises(pickle.UnpicklingError, match="Unsupported"):
+        torch.load(tmp_path / "stage.pt")
+
+
 def as_zip(content, path):
     torch.save(content, path)
 
