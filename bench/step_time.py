@@ -1,9 +1,10 @@
 """What memory costs in a training step: phases and peak memory with memory off, 4k, 16k and 65,536 tokens full.
 
 One process, one rank, both DeepSpeed engines; the settings take turns, so that a drifting machine slows all alike. Peak
-memory is that of a process of its own for each setting. Profiles read as `configs/deep.yaml` and `configs/paper.yaml` do;
-the left context of `deep` is encoded with memory off, too: what it costs is in the phase `backbone`. Banks are filled with the keys and values of real text; where
-the text is shorter than the bank it is repeated with noise of a tenth of their spread, so that no two chunks are alike.
+memory is that of a process of its own for each setting. Profiles read as `configs/deep.yaml` and `configs/paper.yaml`
+do; the left context of `deep` is encoded with memory off, too: what it costs is in the phase `backbone`. Banks are
+filled with the keys and values of real text; where the text is shorter than the bank it is repeated with noise of a
+tenth of their spread, so that no two chunks are alike.
 
     python bench/step_time.py [--profile paper|deep] [--backbone DIR] [--segment-tokens 512] [--rounds 5]
 """

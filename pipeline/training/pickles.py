@@ -23,7 +23,6 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from pipeline.checkpoint.manifest import DamageError
 
 
-
 def _stage_named(enum: Any, name: Any) -> ZeroStageEnum:
     """A ZeRO stage by its name. Early Pythons 3.11 pickle a member of an enum as `getattr(enum, name)`."""
     if enum is not ZeroStageEnum or name not in ZeroStageEnum.__members__:

@@ -92,7 +92,9 @@ def test_an_enum_that_was_pickled_by_getattr_is_read(tmp_path):
         assert torch.load(tmp_path / "stage.pt")["zero_stage"] is ZeroStageEnum.gradients
 
 
-@pytest.mark.parametrize("arguments", [(ZeroStageEnum, "__members__"), (torch.Tensor, "numpy"), (fragment_address, "x")])
+@pytest.mark.parametrize(
+    "arguments", [(ZeroStageEnum, "__members__"), (torch.Tensor, "numpy"), (fragment_address, "x")]
+)
 def test_getattr_gives_nothing_else(tmp_path, arguments):
     torch.save(NamedStage(*arguments), tmp_path / "stage.pt")
     with restricted(), pytest.raises(pickle.UnpicklingError, match="Unsupported"):
