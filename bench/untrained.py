@@ -28,7 +28,7 @@ from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding, KeyValue
 from pipeline.config.model import MemoryConfig, ModelSettings, SideNetConfig
 from pipeline.model.longmem import LongMem, layout_of, sink_token
-from pipeline.model.stream import Seen, Stream
+from pipeline.model.stream import Memory, Seen, Stream
 from pipeline.positions import PositionRule
 from pipeline.sidenet.sidenet import SideNet
 
@@ -126,8 +126,8 @@ class Reader:
         seen = Seen(kept, torch.zeros(1, SEGMENT, dtype=torch.int64), start)
         self.stream.remember(seen)
         if targets is not None:
-            reads = "none" if row.memory is None else "own" if row.chunks else "window"
-            self.total += float(self.stream.losses(seen, targets, memory=reads).sum())
+            memory: Memory = "none" if row.memory is None else "own"
+            self.total += float(self.stream.losses(seen, targets, memory=memory, retrieves=row.chunks > 0).sum())
             self.count += int((targets != -100).sum())
         self.seconds += time.perf_counter() - begun
 

@@ -1,254 +1,200 @@
-"""What an evaluation found: means over held-out tokens with standard errors, as plain JSON and as a small table."""
+"""What an evaluation says: sections of tables and plots, written as JSON, Markdown and PNG."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Float64Array = npt.NDArray[np.float64]
-
-BACKBONE, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY = "backbone", "memory_off", "memory_on", "other_memory"
-WINDOW_ONLY, LONGEST_WINDOW = "window_only", "longest_window"
-LABELS = {
-    BACKBONE: "(a) backbone alone, same window",
-    MEMORY_OFF: "(b) memory off",
-    MEMORY_ON: "(c) memory on",
-    OTHER_MEMORY: "(d) memory of another document",
-    WINDOW_ONLY: "(e) window only, nothing retrieved",
-    LONGEST_WINDOW: "(f) backbone alone, longest window",
-}
-CONDITIONS = tuple(LABELS)
-PAIRS = (
-    (MEMORY_ON, MEMORY_OFF),
-    (MEMORY_ON, BACKBONE),
-    (MEMORY_ON, OTHER_MEMORY),
-    (MEMORY_ON, WINDOW_ONLY),
-    (OTHER_MEMORY, WINDOW_ONLY),
-    (MEMORY_ON, LONGEST_WINDOW),
-)
+from pipeline.files import write_text
 
 
 @dataclass(frozen=True)
-class DocumentLosses:
-    """The scored tokens of one document under all conditions.
+class Table:
+    """A table.
 
     Attributes:
-        document: Its number in the store.
-        losses: Condition to the loss of each token, nats, float64 `[scored_tokens]`; 0 where nothing is predicted, or
-            by another rank.
-        counts: 1 where a token is predicted, else 0 (at the last token of the document), float64 `[scored_tokens]`.
+        title: What it shows.
+        columns: Heads of its columns.
+        rows: Cells, as they are printed.
+        note: What a reader must know to read it.
     """
 
-    document: int
-    losses: Mapping[str, Float64Array]
-    counts: Float64Array
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
-def whole_documents(parts: Iterable[DocumentLosses]) -> list[DocumentLosses]:
-    """Puts documents together of which the ranks of a memory group have scored segments in turn.
+@dataclass(frozen=True)
+class Lines:
+    """A plot of lines.
+
+    Attributes:
+        name: Of its file.
+        title: Above it.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        lines: Label to places and values.
+        log_x: Whether the horizontal axis is logarithmic, to base 2.
+    """
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    log_x: bool = False
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat map.
+
+    Attributes:
+        name: Of its file.
+        title: Above it.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        columns: Labels of its columns.
+        rows: Labels of its rows.
+        values: `[rows][columns]`; None where nothing was measured.
+        lowest: Value of the darkest colour; None: the smallest.
+        highest: Value of the lightest; None: the largest.
+    """
+
+    name: str
+    title: str
+    x: str
+    y: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    lowest: float | None = None
+    highest: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one task says.
+
+    Attributes:
+        title: Its head.
+        rule: How an item is scored, and what the units of the intervals are.
+        tables: Its tables.
+        plots: Its plots.
+        missing: Controls that a table lacks, and why.
+        figures: The numbers behind the tables, plain JSON.
+    """
+
+    title: str
+    rule: str
+    tables: Sequence[Table] = ()
+    plots: Sequence[Lines | Heat] = ()
+    missing: Sequence[str] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_report(
+    folder: Path, about: Mapping[str, Any], sections: Mapping[str, Section], scores: Mapping[str, Any]
+) -> None:
+    """Writes `report.json`, `report.md` and the plots.
 
     Args:
-        parts: What each rank has scored, each token of a document by one rank only.
-
-    Returns:
-        Each document once, in the order in which they come.
+        folder: Where; exists.
+        about: What was evaluated: names and texts.
+        sections: By task.
+        scores: By task, every item's.
     """
-    whole: dict[int, DocumentLosses] = {}
-    for part in parts:
-        other = whole.get(part.document)
-        if other is not None:
-            losses = {name: other.losses[name] + mine for name, mine in part.losses.items()}
-            part = DocumentLosses(part.document, losses, other.counts + part.counts)
-        whole[part.document] = part
-    return list(whole.values())
+    tasks = {
+        name: {
+            "rule": section.rule,
+            "missing": list(section.missing),
+            "figures": section.figures,
+            "items": scores.get(name, {}),
+        }
+        for name, section in sections.items()
+    }
+    content = plain({"about": about, "tasks": tasks})
+    write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    for name, section in sections.items():
+        for plot in section.plots:
+            draw(plot, folder / f"{name}-{plot.name}.png")
+    write_text(folder / "report.md", markdown(about, sections))
 
 
-@dataclass(frozen=True)
-class ConditionResult:
-    """One condition.
-
-    Attributes:
-        loss_nats: Mean loss of a token.
-        loss_standard_error: Of the mean; None where there is only one unit.
-        perplexity: `exp(loss_nats)`.
-        perplexity_standard_error: `perplexity * loss_standard_error`.
-    """
-
-    loss_nats: float
-    loss_standard_error: float | None
-    perplexity: float
-    perplexity_standard_error: float | None
+def markdown(about: Mapping[str, Any], sections: Mapping[str, Section]) -> str:
+    """The report as Markdown."""
+    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in about.items())]
+    for name, section in sections.items():
+        lines += ["", f"## {section.title}", "", section.rule]
+        for table in section.tables:
+            block = [list(table.columns), *(list(row) for row in table.rows)]
+            lines += ["", f"**{table.title}**", "", *aligned([block], markdown=True)]
+            lines += ["", table.note] if table.note else []
+        lines += ["", *(f"- not there: {control}" for control in section.missing)] if section.missing else []
+        for plot in section.plots:
+            lines += ["", f"![{plot.title}]({name}-{plot.name}.png)"]
+    return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """One condition against another on the same tokens.
+def draw(plot: Lines | Heat, path: Path) -> None:
+    """Draws a plot into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Attributes:
-        first: The condition that is looked at.
-        second: The one that it is held against.
-        loss_nats: Mean over tokens of the loss under `first` minus that under `second`; below 0: `first` is better.
-        loss_standard_error: Of that mean; None where there is only one unit.
-        perplexity_ratio: `exp(loss_nats)`: perplexity under `first` divided by that under `second`.
-        perplexity_ratio_standard_error: `perplexity_ratio * loss_standard_error`.
-    """
-
-    first: str
-    second: str
-    loss_nats: float
-    loss_standard_error: float | None
-    perplexity_ratio: float
-    perplexity_ratio_standard_error: float | None
-
-
-@dataclass(frozen=True)
-class PerplexityReport:
-    """Loss and perplexity of held-out tokens; every condition scores the same tokens.
-
-    Standard errors take documents as the independent units, for tokens of one document resemble each other. With
-    `S_i` the sum of the losses (for a pair: of their differences) of unit `i`, `N_i` its tokens and `n` units,
-
-        mean = sum_i S_i / sum_i N_i
-        standard error = sqrt(n / (n - 1) * sum_i (S_i - mean * N_i)^2) / sum_i N_i
-
-    which for units of equal size is the standard deviation of their means divided by `sqrt(n)`. Those of perplexities
-    and their ratios follow to first order. With one document its segments are the units (`unit` says so); they are
-    not independent, which makes the standard error too small.
-
-    Attributes:
-        conditions: By name, in the order of `CONDITIONS`; those that were asked for and could be had.
-        differences: `memory_on` against each of the others.
-        unit: `document` or `segment`.
-        num_documents: Documents scored.
-        num_tokens: Tokens predicted, under each condition.
-        context_tokens: Tokens of each document read into memory before the scored ones.
-        tokens_per_second: Tokens read by all ranks, context included, per second of the whole evaluation.
-    """
-
-    conditions: Mapping[str, ConditionResult]
-    differences: Sequence[PairedDifference]
-    unit: str
-    num_documents: int
-    num_tokens: int
-    context_tokens: int
-    tokens_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON.
-
-        Returns:
-            The fields by name; a number that is not finite is None.
-        """
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
-
-    def table(self, *, markdown: bool = False) -> str:
-        """The report for a reader.
-
-        Args:
-            markdown: Markdown tables instead of aligned text.
-
-        Returns:
-            Lines without a line break at the end.
-        """
-        conditions = [["held-out tokens", "loss (nats)", "s.e.", "perplexity", "s.e."]]
-        for name, result in self.conditions.items():
-            loss = [_number(result.loss_nats, "{:.4f}"), _number(result.loss_standard_error, "{:.4f}")]
-            perplexity = [_number(result.perplexity, "{:.2f}"), _number(result.perplexity_standard_error, "{:.2f}")]
-            conditions.append([LABELS[name], *loss, *perplexity])
-        differences = [["paired difference", "loss (nats)", "s.e.", "perplexity", "s.e."]]
-        for pair in self.differences:
-            loss = [_number(pair.loss_nats, "{:+.4f}"), _number(pair.loss_standard_error, "{:.4f}")]
-            ratio = [_number(pair.perplexity_ratio, "{:.1%}"), _number(pair.perplexity_ratio_standard_error, "{:.1%}")]
-            label = f"{LABELS[pair.first][:3]} - {LABELS[pair.second][:3]}, perplexity as ratio"
-            differences.append([label, *loss, *ratio])
-        blocks = [conditions, differences] if self.differences else [conditions]
-        summary = (
-            f"{self.num_documents} documents, {self.num_tokens:,} tokens scored, each document after "
-            f"{self.context_tokens:,} tokens of context; standard errors by {self.unit}; "
-            f"{self.tokens_per_second:,.0f} tokens/s"
-        )
-        return "\n\n".join([*_render(blocks, markdown=markdown), summary])
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
+    if isinstance(plot, Lines):
+        for number, (label, (places, values)) in enumerate(plot.lines.items()):
+            axes.plot(places, values, label=label, marker="osD^vP*X"[number % 8], markersize=4)
+        if plot.log_x:
+            axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    else:
+        numbers = np.array([[np.nan if value is None else value for value in row] for row in plot.values])
+        image = axes.imshow(numbers, aspect="auto", cmap="viridis", vmin=plot.lowest, vmax=plot.highest)
+        axes.set_xticks(range(len(plot.columns)), plot.columns)
+        axes.set_yticks(range(len(plot.rows)), plot.rows)
+        for (row, column), value in np.ndenumerate(numbers):
+            if np.isfinite(value):
+                shade = float(np.asarray(image.norm(value)))
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    color="black" if shade > 0.6 else "white",
+                )
+        figure.colorbar(image)
+    figure.savefig(path, dpi=110)
 
 
-def summarise(
-    documents: Sequence[DocumentLosses], *, context_tokens: int, segment_tokens: int, seconds: float
-) -> PerplexityReport:
-    """Works out a report; the order of the documents does not matter.
-
-    Args:
-        documents: The documents of all ranks, each once, all with the same conditions and scored tokens.
-        context_tokens: Tokens of each read into memory before the scored ones.
-        segment_tokens: Tokens of a segment, the unit when there is only one document.
-        seconds: Time that the evaluation took.
-
-    Returns:
-        The report.
-    """
-    documents = sorted(documents, key=lambda one: one.document)  # the same sums to the last bit on every rank
-    unit = "document" if len(documents) > 1 else "segment"
-    length = len(documents[0].counts) if len(documents) > 1 else segment_tokens
-    counts = np.stack([one.counts for one in documents]).reshape(-1, length)
-    names = [name for name in CONDITIONS if name in documents[0].losses]
-    losses = {name: np.stack([one.losses[name] for one in documents]).reshape(-1, length) for name in names}
-    num_read = len(documents) * (context_tokens + len(documents[0].counts))
-    return PerplexityReport(
-        conditions={name: ConditionResult(*_mean_and_exponential(losses[name], counts)) for name in names},
-        differences=[
-            PairedDifference(first, second, *_mean_and_exponential(losses[first] - losses[second], counts))
-            for first, second in PAIRS
-            if first in losses and second in losses
-        ],
-        unit=unit,
-        num_documents=len(documents),
-        num_tokens=int(counts.sum()),
-        context_tokens=context_tokens,
-        tokens_per_second=num_read / seconds,
-    )
-
-
-def _mean_and_exponential(
-    values: Float64Array, counts: Float64Array
-) -> tuple[float, float | None, float, float | None]:
-    """Mean of `[units, tokens]` over counted tokens, its standard error, then both for the exponential of the mean."""
-    sums, sizes = values.sum(axis=1), counts.sum(axis=1)
-    total = sizes.sum()
-    assert total > 0, "no token has a successor to predict"
-    mean = sums.sum() / total
-    with np.errstate(over="ignore"):  # a diverged model has perplexity inf
-        exponential = float(np.exp(mean))
-    num_units = len(sums)
-    if num_units < 2:
-        return float(mean), None, exponential, None
-    squares = ((sums - mean * sizes) ** 2).sum()
-    error = float(math.sqrt(num_units / (num_units - 1) * squares) / total)
-    return float(mean), error, exponential, exponential * error
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON can hold it: a number that is not finite is None."""
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _render(blocks: Sequence[Sequence[Sequence[str]]], *, markdown: bool) -> list[str]:
-    """Blocks of rows, the first row of each its head; columns are equally wide in all blocks."""
+def aligned(blocks: Sequence[Sequence[Sequence[str]]], *, markdown: bool) -> list[str]:
+    """Blocks of rows as text, the first row of each its head; columns are equally wide in all blocks."""
     widths = [max(len(row[column]) for block in blocks for row in block) for column in range(len(blocks[0][0]))]
-    return [_render_block(block, widths, markdown=markdown) for block in blocks]
+    return [_aligned(block, widths, markdown=markdown) for block in blocks]
 
 
-def _render_block(block: Sequence[Sequence[str]], widths: Sequence[int], *, markdown: bool) -> str:
+def _aligned(block: Sequence[Sequence[str]], widths: Sequence[int], *, markdown: bool) -> str:
     lines = []
     for row in block:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pipeline.backbone.encoding import Encoding, KeyValue, LayerCall
 from pipeline.backbone.families import attention_scale, family_of, position_encoding, sliding_window
@@ -127,7 +127,9 @@ class Backbone(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, documents: Tensor | None = None, num_context: int = 0) -> Encoding:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, num_context: int = 0, cache: Cache | None = None
+    ) -> Encoding:
         """Encodes one segment of each row, which may begin with left context: what is said of that is dropped.
 
         Args:
@@ -135,6 +137,8 @@ class Backbone(nn.Module):
             documents: Document of each token, of the same shape, if attention must not cross documents (positions then
                 begin anew with each document); else None.
             num_context: Tokens of context.
+            cache: What the backbone's own attention has read before, which it reads on from: keys and values of these
+                tokens are added to it.
 
         Returns:
             The encoding of the segment; none of its tensors requires a gradient.
@@ -144,7 +148,9 @@ class Backbone(nn.Module):
             kwargs["position_ids"] = _positions_in_document(documents)
         self._mask_documents = documents
         try:
-            self.decoder(input_ids=tokens, use_cache=False, **kwargs)
+            if cache is not None:
+                kwargs["past_key_values"] = cache
+            self.decoder(input_ids=tokens, use_cache=cache is not None, **kwargs)
             memory = [KeyValue(*self._split(layer)[1:]) for layer in self.memory_layers]
             return Encoding(dict(self._taps), dict(self._calls), memory, documents).after(num_context)
         finally:

@@ -47,7 +47,8 @@ class BankReader:
         bank: This rank's shard; must not change between a read and its backward pass.
         settings: How memory is read.
         geometries: The attention of each memory layer.
-        reading: The rows that read. The other ranks' segments lie next to this one's, in rank order.
+        reading: The rows that read. The other ranks' segments lie next to this one's, in rank order, or at the same
+            place if it says so.
         exchange: The group.
         observe_ages: Called with the memory layer and the distance, in tokens, to the first token of every chunk
             retrieved from this shard (int64, flat); for statistics. None: not called.
@@ -105,7 +106,7 @@ class BankReader:
 
 def _of_all_ranks(reading: Reading, exchange: Exchange, device: torch.device, *, with_documents: bool) -> list[Reading]:
     """The rows of every rank of the group: each rank's segment follows that of the rank before it."""
-    length = reading.segment_tokens or reading.documents.shape[1]
+    length = reading.documents.shape[1] if reading.segment_tokens is None else reading.segment_tokens
     starts = [reading.start + (rank - exchange.rank) * length for rank in range(exchange.size)]
     documents = reading.documents.to(device)[None].expand(exchange.size, -1, -1)
     if with_documents:

@@ -74,7 +74,8 @@ class Reading:
         start: Lane position of the first token of this rank's segment: what lies at or after it is invisible.
         documents: Document of each query, int64 `[B, T]`.
         first: Place in the segment of the first query: what comes before it there was read for earlier.
-        segment_tokens: Tokens of a segment; None: as many as there are queries.
+        segment_tokens: Tokens from one rank's segment to the next rank's; None: as many as there are queries; 0: all
+            ranks read at the same place.
         lane_of_row: Whose memory each row reads, int64 `[B]`; None: row `b` that of lane `b`. Means nothing under scope
             `group`, where every row reads all lanes.
         retrieve_from: The lane of which each row reads what is retrieved, int64 `[B]`; None: as `lane_of_row`. The

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding, KeyValue
@@ -101,6 +101,15 @@ class LongMem:
         sources = sidenet.layout.memory_sources
         self.geometries = [Geometry(backbone.positions(source), backbone.scale(source)) for source in sources]
 
+    def encoding_by(self, encode: Callable[..., Any]) -> LongMem:
+        """The same model, whose backbone something else runs."""
+        return LongMem(self.settings, self.backbone, self.sidenet, encode=encode, run_sidenet=self._run_sidenet)
+
+    @property
+    def runs_backbone(self) -> Callable[..., Any]:
+        """What runs the backbone: itself, or the engine that partitions it."""
+        return self._encode
+
     @property
     def device(self) -> torch.device:
         """Where tokens go and hidden states come from."""
@@ -140,7 +149,9 @@ class LongMem:
         check_room(needed, device, num_ranks=local_size(os.environ))
         return MemoryBank(shape, dtype=dtype, device=device)
 
-    def encode(self, tokens: Tensor, documents: Tensor | None, *, num_context: int = 0) -> Encoding:
+    def encode(
+        self, tokens: Tensor, documents: Tensor | None, *, num_context: int = 0, cache: Cache | None = None
+    ) -> Encoding:
         """Encodes one segment of each lane with the frozen backbone.
 
         Collective: with a partitioned backbone every rank must call it together.
@@ -150,12 +161,13 @@ class LongMem:
             documents: Document of each token, of the same shape; under scope `document` attention stays inside. None:
                 each row is one document.
             num_context: Tokens of left context.
+            cache: As in `Backbone.forward`: an ordinary window of any length, read in pieces.
 
         Returns:
             The encoding.
         """
         inside = documents if self.settings.memory.scope == "document" else None
-        encoding: Encoding = self._encode(tokens, inside, num_context)
+        encoding: Encoding = self._encode(tokens, inside, num_context, cache)
         return encoding._replace(sinks=self._sinks(tokens.device)) if self.settings.memory.sink else encoding
 
     def _sinks(self, device: torch.device) -> Sequence[KeyValue]:
@@ -209,21 +221,26 @@ class LongMem:
             return token_losses(hidden.flatten(0, 1), targets.flatten(), head, piece_tokens=pieces).view_as(targets)
 
     @torch.no_grad()
-    def backbone_losses(self, encoding: Encoding, targets: Tensor) -> Tensor:
-        """Cross-entropy of every token by the backbone alone, which sees what was encoded and nothing else.
+    def backbone_hidden(self, encoding: Encoding) -> Tensor:
+        """What the backbone alone gives the LM head: it sees what was encoded and nothing else.
 
         Collective: as `losses`. The backbone must keep its last tap.
 
         Args:
             encoding: The segment.
-            targets: int64 `[B, T]`.
 
         Returns:
-            Nats, float32 `[B, T]`.
+            `[B, T, E]`.
         """
         with self.backbone.made_whole(list(self.backbone.norm.parameters())):
-            hidden = self.backbone.norm(encoding.taps[len(self.backbone.layers)])
-        return self.losses(hidden, targets)
+            # Past the hooks: to DeepSpeed's trace, which all ranks must share, this is no part of a forward pass.
+            hidden: Tensor = self.backbone.norm.forward(encoding.taps[len(self.backbone.layers)])
+        return hidden
+
+    @torch.no_grad()
+    def backbone_losses(self, encoding: Encoding, targets: Tensor) -> Tensor:
+        """Cross-entropy of every token by the backbone alone, nats, float32 `[B, T]`; arguments as in `losses`."""
+        return self.losses(self.backbone_hidden(encoding), targets)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

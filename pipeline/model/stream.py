@@ -22,12 +22,11 @@ from pipeline.memory.bank import MemoryBank
 from pipeline.memory.exchange import Alone, Exchange
 from pipeline.memory.place import Turn
 from pipeline.memory.reader import AgeObserver, BankReader
-from pipeline.memory.segment import Reading
+from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.model.longmem import LongMem
 
-Memory = Literal["own", "window", "none"] | Tensor
-"""What rows read: each its own memory, of it the recent window only, nothing, or the memory of a lane of the bank,
-int64 `[B]`; many may read one."""
+Memory = Literal["own", "none"] | Tensor
+"""What rows read: each its own memory, nothing, or the memory of a lane of the bank, int64 `[B]`; many may read one."""
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -60,7 +59,7 @@ class Stream:
         model: Backbone and SideNet.
         bank: This rank's shard of the rows' memory; None: nothing is remembered.
         exchange: The memory group, whose ranks take segments in turn; None: this rank alone.
-        scope: Which past a query sees; None: `memory.scope`.
+        settings: How memory is read; None: as the model does.
         phase: Context manager around `backbone`, `append`, `retrieve_and_read`, `sidenet` and `loss` (a timer).
 
     Attributes:
@@ -73,12 +72,12 @@ class Stream:
         bank: MemoryBank | None,
         *,
         exchange: Exchange | None = None,
-        scope: Literal["document", "lane", "group"] | None = None,
+        settings: ReadSettings | None = None,
         phase: Phase = lambda _: nullcontext(),
     ) -> None:
         self.model, self.bank, self.exchange, self.phase = model, bank, exchange or Alone(), phase
         self.place = 0
-        self._settings = model.read_settings if scope is None else replace(model.read_settings, scope=scope)
+        self._settings = settings or model.read_settings
 
     @property
     def turn(self) -> Turn:
@@ -152,6 +151,8 @@ class Stream:
         memory: Memory = "own",
         retrieve_from: Tensor | None = None,
         visible: Tensor | None = None,
+        retrieves: bool = True,
+        at_one_place: bool = False,
         observe_ages: AgeObserver | None = None,
     ) -> Tensor:
         """Runs the SideNet, whose memory layers read what lies before the segment.
@@ -164,6 +165,9 @@ class Stream:
                 as many as lanes: suffixes, beams or readers of one text need no copy of its memory.
             retrieve_from: Lanes that rows retrieve from, beside a window of their own, int64 `[B]`; None: as `memory`.
             visible: Chunks that a row may see, as in `Reading`; None: all.
+            retrieves: Whether anything is retrieved, beside the recent window.
+            at_one_place: Whether the segments of all ranks of the group begin at the same place: other continuations of
+                one past.
             observe_ages: As in `BankReader`.
 
         Returns:
@@ -174,9 +178,16 @@ class Stream:
             lanes = memory if isinstance(memory, Tensor) else None
             reader = BankReader(
                 self.bank,
-                replace(self._settings, top_k_chunks=0) if memory == "window" else self._settings,
+                self._settings if retrieves else replace(self._settings, top_k_chunks=0),
                 self.model.geometries,
-                Reading(seen.start, seen.documents, lane_of_row=lanes, retrieve_from=retrieve_from, visible=visible),
+                Reading(
+                    seen.start,
+                    seen.documents,
+                    segment_tokens=0 if at_one_place else None,
+                    lane_of_row=lanes,
+                    retrieve_from=retrieve_from,
+                    visible=visible,
+                ),
                 exchange=self.exchange,
                 observe_ages=observe_ages,
                 timed=lambda: self.phase("retrieve_and_read"),

@@ -150,15 +150,20 @@ class Engines:
 
     def start(self, backbone: Backbone, sidenet: SideNet) -> tuple[Any, Any]:
         """Puts both under their engines: the backbone's and the SideNet's. Collective: every rank must call it."""
-        backbone_engine, *_ = deepspeed.initialize(model=backbone, config=self._backbone_json, dist_init_required=False)
+        backbone_engine = self.start_backbone(backbone)
         sidenet_engine, *_ = deepspeed.initialize(
             model=sidenet,
             optimizer=build_optimizer(sidenet, self._config.train),
             config=self._sidenet_json,
             dist_init_required=False,
         )
-        backbone_engine.module.eval()
         return backbone_engine, sidenet_engine
+
+    def start_backbone(self, backbone: Backbone) -> Any:
+        """Puts the backbone under its engine. Collective: every rank must call it."""
+        engine, *_ = deepspeed.initialize(model=backbone, config=self._backbone_json, dist_init_required=False)
+        engine.module.eval()
+        return engine
 
 
 def _accepted(content: dict[str, Any], setting: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ READS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 def two_engines(config: Config) -> dict[str, Any]:
     """Trains three steps, evaluates, and trains a fourth; the bytes that this rank holds, those that its engines sent
     in the third, and those that its reads sent in the fourth."""
-    from eval.perplexity import evaluate
+    from eval.tasks.perplexity import evaluate
     from pipeline.training.build import build_run
     from tests.distributed.engine_runs import partitioned_bytes
 
@@ -118,10 +118,15 @@ def test_bytes_are_what_the_ranks_hold(measured):
     config, ranks = measured
     plan = make_plan(config, read_shape(config.backbone.path), world_size=2)
     for found in ranks:
-        for name in ("memory bank", "evaluation's memory", "SideNet"):
+        for name in ("memory bank", "SideNet"):
             assert found[name] == plan.part(name).num_bytes
         for name in ("backbone partition", "optimizer"):
             assert found[name] == pytest.approx(plan.part(name).num_bytes, rel=TOLERANCE)
+    # Of the only pair of documents a second group has none.
+    held = plan.part("evaluation's memory").num_bytes
+    assert [found["evaluation's memory"] for found in ranks] == (
+        [held, held] if config.memory.group_size == 2 else [held, 0]
+    )
 
 
 def test_traffic_is_what_the_ranks_send(measured):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eval.report import CONDITIONS
+from eval.scorer import CONDITIONS
 from pipeline.config.schema import Config
 from pipeline.data.lanes import Lanes
 from pipeline.data.store import TokenStore

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.report import CONDITIONS
+from eval.scorer import CONDITIONS
 from pipeline.config.load import load_config
 from pipeline.metrics.record import read_metrics
 from tests.ranks import free_port

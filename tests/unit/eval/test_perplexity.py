@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import perplexity
-from eval.perplexity import evaluate, score
-from eval.report import CONDITIONS
+from eval.scorer import CONDITIONS
+from eval.tasks.perplexity import evaluate, score
 from pipeline.backbone.encoding import Encoding
 from pipeline.data.store import STORE_FEATURES, TokenStore, write_store
 from pipeline.data.tokenizer import TokenizerInfo
@@ -233,59 +232,6 @@ def test_without_context_the_first_segment_has_no_memory(make, store):
     assert abs(first[:SEGMENT]).max() < TOLERANCE < abs(first[second]).max()
 
 
-@pytest.mark.parametrize("num_documents", [1, 2, 3, 5])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_documents_and_make_the_same_collective_calls(
-    make, store, scored, monkeypatch, num_documents, world_size
-):
-    config, model = make(documents=num_documents)
-    calls: list[list[str]] = []
-
-    def counted(name):
-        original = getattr(model, name)
-
-        def call(*args, **kwargs):
-            calls[-1].append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in ("encode", "losses", "hidden"):
-        monkeypatch.setattr(model, name, counted(name))
-    found = []
-    for rank in range(world_size):
-        calls.append([])
-        found += score(model, store, config, group=group_of_one(rank, of=world_size))
-    assert calls[0] and all(of_rank == calls[0] for of_rank in calls)
-    alone = score(model, store, config, group=group_of_one())
-    assert sorted(one.document for one in found) == [one.document for one in alone]
-    for one in alone:
-        for name, losses in one.losses.items():
-            np.testing.assert_allclose(by_document(found)[one.document].losses[name], losses, atol=TOLERANCE)
-
-
-def test_every_rank_gets_the_report_of_all(make, store, monkeypatch):
-    config, model = make()
-    whole = evaluate(model, store, config, group=group_of_one())
-    parts = [score(model, store, config, group=group_of_one(rank, of=2)) for rank in (0, 1)]
-    reports = []
-    for rank in (0, 1):
-
-        def gather_objects(mine, rank=rank):
-            assert [one.document for one in mine[0]] == [one.document for one in parts[rank]]
-            return [(parts[0], 1.0), (parts[1], 2.0)]
-
-        monkeypatch.setattr(perplexity, "gather_objects", gather_objects)
-        reports.append(evaluate(model, store, config, group=group_of_one(rank, of=2)))
-    assert reports[0] == reports[1]
-    assert reports[0].tokens_per_second == 5 * (CONTEXT + SCORED) / 2.0  # the slowest rank's time
-    assert reports[0].num_tokens == whole.num_tokens == 5 * SCORED - 1
-    for name, result in whole.conditions.items():
-        assert reports[0].conditions[name].loss_nats == pytest.approx(result.loss_nats, abs=TOLERANCE)
-        error = reports[0].conditions[name].loss_standard_error
-        assert error == pytest.approx(result.loss_standard_error, abs=TOLERANCE)
-
-
 def test_evaluating_changes_nothing_that_training_has(make, store):
     config, model = make()
     bank = model.bank(2)
@@ -326,12 +272,12 @@ def test_conditions_can_be_chosen(make, store, scored):
     assert report.conditions["memory_on"].loss_nats == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_progress_counts_every_segment(make, store, capsys):
+def test_progress_counts_every_item(make, store, capsys):
     config, model = make()
     evaluate(model, store, config, group=group_of_one(), conditions=["backbone"])
     assert capsys.readouterr().err == ""
     evaluate(model, store, config, group=group_of_one(), conditions=["backbone"], progress=True)
-    assert "10/10" in capsys.readouterr().err  # two batches of five segments
+    assert "2/2" in capsys.readouterr().err  # four documents, and the fifth one with one that lends
 
 
 def test_tokens_that_are_not_whole_segments_are_refused_before_any_work(make, store):

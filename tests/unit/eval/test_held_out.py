@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.report import DocumentLosses, summarise, whole_documents
+from eval.held_out import DocumentLosses, summarise
 
 EXACT = 1e-12  # float64
 
@@ -86,17 +86,6 @@ def test_the_order_of_documents_changes_no_bit():
     random = np.random.default_rng(0)
     documents = [document(number, memory_on=random.random(50) * 10.0**number) for number in range(9)]
     assert report(*documents) == report(*documents[::-1])
-
-
-def test_documents_are_put_together_from_the_segments_of_ranks():
-    parts = [
-        document(7, memory_on=[1.0, 0.0], counts=[1, 0]),
-        document(2, memory_on=[4.0, 5.0]),
-        document(7, memory_on=[0.0, 2.0], counts=[0, 1]),
-    ]
-    seven, two = whole_documents(parts)
-    assert (seven.document, seven.losses["memory_on"].tolist(), seven.counts.tolist()) == (7, [1.0, 2.0], [1.0, 1.0])
-    assert two is parts[1], "what one rank has read is left as it is"
 
 
 def test_plain_json_even_of_a_diverged_model():

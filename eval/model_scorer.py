@@ -1,0 +1,290 @@
+"""The `Scorer` over a LongMem.
+
+Shapes: `B` rows at once on a rank, `T` tokens of the longest, `P` tokens that were remembered, `E` hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from eval.follow import follow
+from eval.scorer import (
+    BACKBONE,
+    CONDITIONS,
+    LONGEST_WINDOW,
+    MEMORY_OFF,
+    MEMORY_ON,
+    OTHER_MEMORY,
+    WINDOW_ONLY,
+    How,
+    Losses,
+    Row,
+    Tokens,
+)
+from pipeline.distributed.groups import MemoryGroup
+from pipeline.memory.exchange import exchange_of
+from pipeline.model.longmem import LongMem
+from pipeline.model.loss import IGNORED
+from pipeline.model.stream import Context, Memory, Seen, Stream
+
+EVERYTHING = 10**10  # a backbone that says nothing of the longest text that it was made for
+
+
+@dataclass(frozen=True)
+class Past:
+    """Texts that were read into memory, each in a lane of its own; what is scored begins where they end.
+
+    Attributes:
+        stream: The memory.
+        tokens: int64 `[lanes, P]`.
+        forgotten: Tokens of each that memory has no room for any more.
+    """
+
+    stream: Stream
+    tokens: Tensor
+    forgotten: int
+
+
+def longest_window(config: Any, wanted: int | None) -> int:
+    """Tokens of the longest ordinary window that a backbone is tried with; None: as many as it was made for."""
+    most = getattr(config, "max_position_embeddings", None) or EVERYTHING
+    return most if wanted is None else min(most, wanted)
+
+
+class ModelScorer:
+    """A `Scorer` over a LongMem.
+
+    Args:
+        model: The model.
+        group: This rank's memory group; None: this rank alone.
+        longest: Tokens of the longest ordinary window; None: what the backbone was made for; 0: it is not tried.
+        tokens_at_once: Tokens of rows, context included, in one forward pass of a rank.
+        on_read: Is told after each forward pass how many tokens this rank has read in it.
+    """
+
+    def __init__(
+        self,
+        model: LongMem,
+        group: MemoryGroup | None = None,
+        *,
+        longest: int | None = None,
+        tokens_at_once: int = 8192,
+        on_read: Callable[[int], None] = lambda num_tokens: None,
+    ) -> None:
+        self.model, self._at_once, self.on_read = model, tokens_at_once, on_read
+        self.exchange = exchange_of(None if group is None else group.process_group)
+        self.segment_tokens = model.settings.segment_tokens
+        self.longest = longest_window(model.backbone.model.config, longest)
+        memory = model.settings.memory
+        absent = set() if memory.enabled else {MEMORY_ON, OTHER_MEMORY, WINDOW_ONLY}
+        absent |= set() if memory.window_tokens else {WINDOW_ONLY}
+        absent |= set() if self.longest else {LONGEST_WINDOW}
+        self.conditions = tuple(name for name in CONDITIONS if name not in absent)
+
+    @torch.no_grad()
+    def remember(self, *lanes: Tokens) -> Past:
+        """As in `Scorer`."""
+        model, segment, size = self.model, self.segment_tokens, self.exchange.size
+        length = min(len(lane) for lane in lanes) // segment * segment
+        kept = [np.asarray(lane[len(lane) - length :], dtype=np.int64) for lane in lanes]
+        tokens = torch.from_numpy(np.stack(kept)).to(model.device)
+        memory = model.settings.memory
+        bank = None
+        if memory.enabled:
+            bank = model.bank(len(lanes), num_tokens=max(segment, min(memory.tokens, length)), group_size=size)
+        # A row is one text: within it scope `document` hides nothing, and `group` would show it the others'.
+        settings = replace(model.read_settings, scope="lane")
+        stream = Stream(model, bank, exchange=self.exchange, settings=settings)
+        past = Past(stream, tokens, max(0, length - memory.tokens))
+        # The group's segments end together: what fills them up lies behind all that is read.
+        filled = torch.zeros(len(lanes), -(-length // (segment * size)) * segment * size, dtype=torch.int64)
+        filled = filled.to(model.device)
+        filled[:, :length] = tokens
+        for start in range(self.exchange.rank * segment, filled.shape[1], segment * size):
+            documents = _lane_numbers(len(lanes), segment, model.device)
+            stream.feed(filled[:, start : start + segment], documents, self._context(filled, start))
+            self.on_read(documents.numel())
+        return past
+
+    @torch.no_grad()
+    def losses(
+        self, past: Past, rows: Sequence[Row], conditions: Sequence[str], *, lane: int = 0, other: int = 1
+    ) -> dict[str, list[Losses]]:
+        """As in `Scorer`."""
+        found: dict[str, list[Losses]] = {name: [] for name in conditions}
+        for part in self._batches([row.tokens for row in rows]):
+            targets = torch.full((len(part.numbers), part.tokens.shape[1]), IGNORED, device=self.model.device)
+            for target, number in zip(targets, part.numbers, strict=True):
+                row = rows[number]
+                assert 0 < row.num_scored < len(row.tokens), "the first token of a row has nothing before it"
+                end = len(row.tokens) - 1
+                scored = torch.from_numpy(row.tokens[-row.num_scored :])
+                target[end - row.num_scored : end] = scored.to(target)
+            for name, hidden in self._hidden(past, part.tokens, conditions, lane, other):
+                losses = part.of_all_ranks(self.model.losses(hidden, targets), self)
+                for number, of_row in losses.items():
+                    row = rows[number]
+                    end = len(row.tokens) - 1
+                    found[name].append(of_row[end - row.num_scored : end].double().cpu().numpy())
+        return found
+
+    @torch.no_grad()
+    def greedy(
+        self,
+        past: Past,
+        prompts: Sequence[Tokens],
+        condition: str,
+        *,
+        max_tokens: int,
+        is_done: Callable[[list[int]], bool],
+        guesses: Sequence[Sequence[int]] | None = None,
+        lane: int = 0,
+        other: int = 1,
+    ) -> list[list[int]]:
+        """As in `Scorer`."""
+        written: list[list[int]] = [[] for _ in prompts]
+        open_rows = list(range(len(prompts)))
+        while open_rows:
+            texts, tried = [], []
+            for number in open_rows:
+                guess = list(guesses[number]) if guesses else []
+                done = written[number]
+                tried.append(guess[len(done) : max_tokens - 1] if guess[: len(done)] == done else [])
+                texts.append(np.array([*prompts[number], *done, *tried[-1]], dtype=np.int64))
+            chosen = self._choices(past, texts, [len(one) for one in tried], condition, lane, other)
+            for number, guess, choice in zip(open_rows, tried, chosen, strict=True):
+                for place, token in enumerate(choice):
+                    written[number].append(token)
+                    is_as_guessed = place < len(guess) and guess[place] == token
+                    if not is_as_guessed or len(written[number]) >= max_tokens or is_done(written[number]):
+                        break
+            open_rows = [n for n in open_rows if len(written[n]) < max_tokens and not is_done(written[n])]
+        return written
+
+    @torch.no_grad()
+    def follow(
+        self, texts: Sequence[Tokens], *, first_scored: int, num_tokens: int, hows: Mapping[str, How]
+    ) -> dict[str, list[Losses]]:
+        """As in `Scorer`."""
+        return follow(
+            self.model,
+            self.exchange,
+            texts,
+            first_scored=first_scored,
+            num_tokens=num_tokens,
+            hows=hows,
+            longest=self.longest,
+            on_read=self.on_read,
+        )
+
+    def _choices(
+        self, past: Past, texts: Sequence[Tokens], num_tried: Sequence[int], condition: str, lane: int, other: int
+    ) -> list[list[int]]:
+        """The likeliest token at each of the last `num_tried + 1` places of every text."""
+        found: list[list[int]] = []
+        for part in self._batches(texts):
+            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other):
+                most = max(num_tried[number] for number in part.all_numbers) + 1
+                last = torch.tensor([len(texts[number]) - 1 for number in part.numbers], device=hidden.device)
+                places = (last[:, None] - torch.arange(most - 1, -1, -1, device=hidden.device)).clamp_min(0)
+                wanted = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+                best = part.of_all_ranks(self.model.logits(wanted).argmax(dim=-1), self)  # [B, most]
+                found += [best[number][most - 1 - num_tried[number] :].tolist() for number in best]
+        return found
+
+    def _batches(self, texts: Sequence[Tokens]) -> Iterator[_Batch]:
+        """Rows, as many as are run at once, padded on the right; each rank of the group has its share of them."""
+        size, device = self.exchange.size, self.model.device
+        longest = max(len(text) for text in texts) + self.model.settings.context_tokens
+        at_once = max(1, self._at_once // longest) * size
+        for first in range(0, len(texts), at_once):
+            numbers = list(range(first, min(first + at_once, len(texts))))
+            each = -(-len(numbers) // size)
+            padded = numbers + numbers[-1:] * (each * size - len(numbers))
+            own = padded[self.exchange.rank * each : (self.exchange.rank + 1) * each]
+            tokens = torch.zeros(each, max(len(texts[number]) for number in numbers), dtype=torch.int64)
+            for row, number in zip(tokens, own, strict=True):
+                row[: len(texts[number])] = torch.from_numpy(np.asarray(texts[number], dtype=np.int64))
+            yield _Batch(own, numbers, tokens.to(device))
+
+    def _hidden(
+        self, past: Past, tokens: Tensor, conditions: Sequence[str], lane: int, other: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`."""
+        num_rows, place = len(tokens), past.tokens.shape[1]
+        ordinary = [name for name in conditions if name != LONGEST_WINDOW]
+        if ordinary:
+            documents = torch.full_like(tokens, lane)
+            context = self._context(past.tokens[lane : lane + 1].expand(num_rows, -1), place, document=lane)
+            seen = past.stream.look(tokens, documents, context, start=place)
+            for name in ordinary:
+                yield name, self._read(past, seen, name, lane, other)
+                self.on_read(tokens.numel())
+        if LONGEST_WINDOW in conditions:
+            yield LONGEST_WINDOW, self._with_longest_window(past.tokens[lane], tokens)
+
+    def _read(self, past: Past, seen: Seen, condition: str, lane: int, other: int) -> Tensor:
+        if condition == BACKBONE:
+            return self.model.backbone_hidden(seen.encoding)
+        memory: Memory = "none"
+        rows = torch.full((len(seen.documents),), lane, device=seen.documents.device)
+        if condition != MEMORY_OFF:
+            memory = rows
+        return past.stream.hidden(
+            seen,
+            memory=memory,
+            retrieve_from=torch.full_like(rows, other) if condition == OTHER_MEMORY else None,
+            retrieves=condition != WINDOW_ONLY,
+            at_one_place=True,
+        )
+
+    def _with_longest_window(self, before: Tensor, tokens: Tensor) -> Tensor:
+        """The backbone alone with all that it can take before each row; what rows share is read once."""
+        kept = before[max(0, len(before) - max(0, self.longest - tokens.shape[1])) :]
+        cache = DynamicCache(config=self.model.backbone.model.config)
+        if len(kept):
+            self.model.encode(kept[None], None, cache=cache)
+        found = []
+        for row in tokens:
+            own = copy.deepcopy(cache)
+            found.append(self.model.backbone_hidden(self.model.encode(row[None], None, cache=own)))
+            self.on_read(len(row))
+        return torch.cat(found)
+
+    def _context(self, tokens: Tensor, start: int, *, document: int | None = None) -> Context:
+        """The left context of a segment."""
+        before = tokens[:, start - min(self.model.settings.context_tokens, start) : start]
+        documents = _lane_numbers(len(before), before.shape[1], before.device)
+        return Context(before, documents if document is None else torch.full_like(documents, document))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one forward pass: this rank's, and all ranks'.
+
+    Attributes:
+        numbers: Of this rank's rows; the last ones may be there twice.
+        all_numbers: Of the rows of the group.
+        tokens: int64 `[B, T]`.
+    """
+
+    numbers: Sequence[int]
+    all_numbers: Sequence[int]
+    tokens: Tensor
+
+    def of_all_ranks(self, values: Tensor, scorer: ModelScorer) -> dict[int, Tensor]:
+        """What the ranks of the group found for their rows, by number. Collective for the group."""
+        gathered = scorer.exchange.all_gather(values, purpose="scores")().flatten(0, 1)
+        return dict(zip(self.all_numbers, gathered, strict=False))
+
+
+def _lane_numbers(num_lanes: int, num_tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(num_lanes, device=device)[:, None].expand(-1, num_tokens)
