@@ -16,7 +16,7 @@ from eval.options import choose, take_options
 from eval.report import Section, markdown, write_report
 from eval.runner import EvaluationError, Progress, check_same, run
 from eval.task import Given, Scores, Task
-from pipeline.backbone.load import read_backbone_config
+from pipeline.backbone.load import check_weights, read_backbone_config
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import on_rank_zero, rank, together, world_size
@@ -134,8 +134,9 @@ def _read(asked: Asked) -> tuple[list[type[Task[Any]]], Trained, dict[str, Any]]
 
 def _given(asked: Asked, trained: Trained) -> Given:
     path = asked.backbone or trained.config.backbone.path
-    config = read_backbone_config(path).get_text_config()
-    longest = longest_window(config, trained.config.evaluation.backbone_window_tokens)
+    config = read_backbone_config(path)
+    check_weights(path, config)
+    longest = longest_window(config.get_text_config(), trained.config.evaluation.backbone_window_tokens)
     return Given(load_tokenizer(path), trained.config, longest)
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scipy.stats import bootstrap
 
 Float64Array = npt.NDArray[np.float64]
+Numbers = Sequence[float] | Float64Array
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
@@ -38,7 +39,7 @@ class Interval:
         return f"{form.format(self.mean)} [{form.format(self.low)}, {form.format(self.high)}]"
 
 
-def interval(sums: Sequence[float], sizes: Sequence[float] | None = None) -> Interval:
+def interval(sums: Numbers, sizes: Numbers | None = None) -> Interval:
     """Mean over items, and its 95 % interval by bootstrap over items (percentiles of 2,000 resamples, seed 0).
 
     For a paired difference give the differences of each item.

@@ -85,7 +85,12 @@ def load_longmem(
         ConfigError: The settings are not those of this version.
     """
     trained = read_trained(source)
-    model = backbone if isinstance(backbone, PreTrainedModel) else load_for(trained, backbone)
+    if isinstance(backbone, PreTrainedModel):
+        model = backbone
+    else:
+        path = backbone or trained.config.backbone.path
+        check_weights(path, read_backbone_config(path))
+        model = load_for(trained, path)
     return LongMem(trained.config.model, *join(trained, model.to(device), device))
 
 
@@ -105,7 +110,6 @@ def load_for(trained: Trained, backbone: str | None = None, *, who: str = "") ->
     """
     config = trained.config
     path = backbone or config.backbone.path
-    check_weights(path, read_backbone_config(path))
     return load_backbone(path, dtype=DTYPES[config.train.precision], attention=config.backbone.attention, who=who)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.config.schema import RunConfig
-from pipeline.distributed.ranks import barrier, rank, together
+from pipeline.config.schema import Config, RunConfig
+from pipeline.distributed.ranks import barrier, rank, together, world_size
 from pipeline.distributed.watch import Watch
 from pipeline.model.load import Trained, join, load_for
 from pipeline.model.longmem import LongMem
@@ -30,11 +30,18 @@ def load_partitioned(trained: Trained, backbone: str | None, device: torch.devic
     Raises:
         LongMemError: As `load_longmem`.
     """
-    engines = together(lambda: Engines(trained.config))
+    engines = together(lambda: Engines(_split_anyhow(trained.config)))
     with engines.partitioning():
         model = load_for(trained, backbone, who=f" on rank {rank()}")
     whole, sidenet = join(trained, model, device, made_whole=made_whole)
     return LongMem(trained.config.model, whole, sidenet, encode=engines.start_backbone(whole))
+
+
+def _split_anyhow(config: Config) -> Config:
+    """The settings, but for what of a training must fit the number of ranks: lanes, and segments of a step."""
+    data = config.data.model_copy(update={"lanes": world_size()})
+    train = config.train.model_copy(update={"segments_per_step": config.memory.group_size})
+    return config.model_copy(update={"data": data, "train": train})
 
 
 def under_deepspeed(work: Callable[[Callable[[Trained, str | None], LongMem]], object]) -> None:
