@@ -47,7 +47,7 @@ class OracleScorer:
     def losses(
         self, past: Any, rows: Sequence[Row], conditions: Sequence[str], *, lane: int = 0, other: int = 1
     ) -> dict[str, list[Losses]]:
-        """As in `Scorer`; `knows` sees the whole past of the lane (of `other` under `OTHER_MEMORY`) and the row so far."""
+        """As in `Scorer`; `knows` sees the past of the lane (of `other` under `OTHER_MEMORY`) and the row so far."""
         found: dict[str, list[Losses]] = {}
         for name in conditions:
             before = past[other if name == OTHER_MEMORY else lane]
