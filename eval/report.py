@@ -156,9 +156,13 @@ def draw(plot: Lines | Heat, path: Path) -> None:
         for number, (label, (places, values)) in enumerate(plot.lines.items()):
             axes.plot(places, values, label=label, marker="osD^vP*X"[number % 8], markersize=4)
         if plot.log_x:
+            ticks = sorted({place for places, _ in plot.lines.values() for place in places})
             axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2)
     else:
         numbers = np.array([[np.nan if value is None else value for value in row] for row in plot.values])
         image = axes.imshow(numbers, aspect="auto", cmap="viridis", vmin=plot.lowest, vmax=plot.highest)
