@@ -147,6 +147,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
     """Draws a plot into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -160,7 +161,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         else:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
     else:

@@ -47,7 +47,7 @@ def test_differences_are_paired():
     found = compare({MEMORY_ON: on, MEMORY_OFF: off})
     difference = found.differences[MEMORY_OFF]
     assert (difference.mean, difference.low, difference.high) == pytest.approx((-1.0, -1.0, -1.0))
-    assert found.means[MEMORY_ON].high > 6
+    assert (found.means[MEMORY_ON].high or 0) > 6
     assert set(found.differences) == {MEMORY_OFF}
 
 
