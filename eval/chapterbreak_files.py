@@ -86,27 +86,28 @@ def _examples(path: Path) -> Iterator[Example]:
         raise _foreign(path, f"a {type(whole).__name__} at the top")
     is_flat = any(isinstance(works, list) for works in whole.values())
     for subset, works in {path.stem: whole}.items() if is_flat else whole.items():
+        above = () if is_flat else (subset,)
         if not isinstance(works, dict):
-            raise _foreign(path, f"{subset!r} holds a {type(works).__name__}")
+            raise _foreign(path, f"{_keys(whole)}; {_place(*above)} holds {_keys(works)}")
         for work, examples in works.items():
             if not isinstance(examples, list):
-                raise _foreign(path, f"{_place(subset, work)} holds {_keys(examples)}")
+                raise _foreign(path, f"{_keys(whole)}; {_place(*above, work)} holds {_keys(examples)}")
             for number, one in enumerate(examples):
-                yield _example(path, subset, work, number, one)
+                problem = _problem(one)
+                if problem:
+                    raise _foreign(path, f"{_place(*above, work, number)} {problem}")
+                yield Example(subset, work, number, one["ctx"], (one["pos"], *one["negs"]))
 
 
-def _example(path: Path, subset: str, work: str, number: int, one: Any) -> Example:
-    where = _place(subset, work, number)
+def _problem(one: Any) -> str | None:
+    """Why this is no example; None: it is one."""
     if not isinstance(one, Mapping) or not set(KEYS) <= one.keys():
-        raise _foreign(path, f"{where} holds {_keys(one)}")
+        return f"holds {_keys(one)}"
     if not isinstance(one["negs"], list) or not one["negs"]:
-        raise _foreign(path, f"{where} has no list of wrong suffixes under 'negs'")
-    texts = [one["ctx"], one["pos"], *one["negs"]]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise _foreign(path, f"{where} has a text that is empty or none")
-    if one["pos"] in one["negs"]:
-        raise _foreign(path, f"{where} has its right suffix among the wrong ones")
-    return Example(subset, work, number, texts[0], tuple(texts[1:]))
+        return "has no list of wrong suffixes under 'negs'"
+    if not all(isinstance(text, str) and text.strip() for text in (one["ctx"], one["pos"], *one["negs"])):
+        return "has a text that is empty or none"
+    return "has its right suffix among the wrong ones" if one["pos"] in one["negs"] else None
 
 
 def _place(*keys: Any) -> str:
