@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.controls import compare, missing
 from eval.report import Lines, Section, Table
-from eval.scorer import LABELS
+from eval.scorer import LABELS, MEMORY_ON, OTHER_MEMORY
 from eval.statistics import Float64Array
 from eval.task import Scores
 
@@ -140,7 +140,7 @@ def report(scores: Mapping[str, Scores], contexts: Sequence[int], rule: str, suf
         tables += [table for size in sizes for table in size.tables(subset, rule)]
         plots.append(_plot(subset, sizes, rule))
         figures[subset] = {str(size.size): size.figures() for size in sizes}
-        lacking += [f"{subset}: {control}" for control in missing(sizes[0].conditions)]
+        lacking += _lacking(subset, sizes[0].conditions)
     return Section(
         "ChapterBreak",
         f"{len(scores)} items. An item is right if the right one of its suffixes, of the first {suffix_tokens} tokens "
@@ -152,6 +152,15 @@ def report(scores: Mapping[str, Scores], contexts: Sequence[int], rule: str, suf
         lacking,
         figures,
     )
+
+
+def _lacking(subset: str, conditions: Sequence[str]) -> list[str]:
+    """The controls that are not there, and why."""
+    found = []
+    if MEMORY_ON in conditions and OTHER_MEMORY not in conditions:
+        found.append(f"{subset}: {LABELS[OTHER_MEMORY]}: the subset has one work only")
+        conditions = (*conditions, OTHER_MEMORY)
+    return found + [f"{subset}: {control}: the model's settings leave it out" for control in missing(conditions)]
 
 
 def _by_size(subset: str, sizes: Sequence[AtSize], first: str) -> Table:

@@ -139,7 +139,7 @@ def test_who_knows_the_answer_is_always_right_and_who_knows_nothing_is_at_chance
             assert means(section, subset, size) == expected
             ties = section.figures[subset][str(size)]["ties"]["mean"]
             assert ties == {name: 0 if name == MEMORY_ON else 3 for name in others}
-    assert section.missing == ["ao3: (d) memory of another document"]
+    assert section.missing == ["ao3: (d) memory of another document: the subset has one work only"]
     accuracy = next(table for table in section.tables if table.title == "pg19, 40 tokens of context: accuracy by mean")
     assert "Chance: 16.7 %. Ties: (a) backbone alone, same window 3, (b) memory off 3" in accuracy.note
     by_condition = {row[0]: row[1:] for row in accuracy.rows}
