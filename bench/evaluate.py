@@ -18,7 +18,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from eval.evaluation import load_alone
 from eval.model_scorer import ModelScorer
 from eval.options import choose, take_options
 from eval.scorer import MEMORY_ON, Row, Tokens, split
-from eval.task import Given, Task
+from eval.task import Given, Item, Task
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model.load import read_trained
 
@@ -92,7 +92,7 @@ def measure_suffixes(scorer: ModelScorer, vocabulary: int, arguments: argparse.N
         texts = Texts(before, rest, list(random.integers(0, vocabulary, (arguments.suffixes, SUFFIX_TOKENS))))
         sum_of, reading = {}, []
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-        together(scorer, texts)  # what is made once is made
+        together(scorer, texts._replace(before=before[: scorer.segment_tokens]))  # what is made once is made
         for _ in range(arguments.rounds):
             begin = time.perf_counter()
             scorer.remember(texts.before)
@@ -118,11 +118,11 @@ def show(size: int, texts: Texts, seconds: dict[str, float], reading: float) -> 
     print(f"gain over reading again: {gain:.2f} (goal {GOAL:g}: {'reached' if gain >= GOAL else 'missed'})", flush=True)
 
 
-def measure_tasks(scorer: ModelScorer, tasks: Sequence[Task[Any]], num_items: int) -> None:
-    """Times the first items of each task."""
+def measure_tasks(scorer: ModelScorer, tasks: Mapping[Task[Any], Sequence[Item]]) -> None:
+    """Times items of each task."""
     print("\n| task | items | s an item | items/s | tokens read/s |\n|" + " --- |" * 5)
-    for task in tasks:
-        items, read = task.items()[:num_items], [0]
+    for task, items in tasks.items():
+        read = [0]
         scorer.on_read = lambda num_tokens, read=read: read.append(num_tokens)  # type: ignore[misc]
         begin = time.perf_counter()
         for item in items:
@@ -159,13 +159,14 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.backbone or trained.config.backbone.path)
     given = Given(tokenizer, trained.config, scorer.longest)
     tasks = [one(options[one.name], given) for one in classes if options[one.name].data or not one.needs_data]
+    items = {task: task.items()[: arguments.items] for task in tasks}  # wrong data are said at once
     memory = ", ".join(f"{key} {value}" for key, value in trained.config.memory.model_dump().items())
     print(f"{arguments.model}: {os.cpu_count()} cores, {arguments.threads} threads, torch {torch.__version__}")
     print(
         f"segments of {scorer.segment_tokens}, left context {trained.config.backbone.context_tokens}; memory: {memory}"
     )
     measure_suffixes(scorer, len(tokenizer), arguments)
-    measure_tasks(scorer, tasks, arguments.items)
+    measure_tasks(scorer, items)
 
 
 if __name__ == "__main__":

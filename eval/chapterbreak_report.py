@@ -41,8 +41,11 @@ def share_of_right(losses: Float64Array, tie: float) -> tuple[float, bool]:
         tie: What is this near to the lowest is as low.
 
     Returns:
-        1, 0, or 1/m if the right one is one of m that are the lowest; and whether several are.
+        1, 0, or 1/m if the right one is one of m that are the lowest; and whether several are. A model whose losses are
+        not finite is never right.
     """
+    if not np.isfinite(losses).all():
+        return 0.0, False
     lowest = losses <= losses.min() + tie
     return float(lowest[0]) / int(lowest.sum()), bool(lowest.sum() > 1)
 
@@ -77,8 +80,10 @@ class AtSize:
     def _share(self, number: int, condition: str, rule: str) -> tuple[float, bool]:
         item = self.items[number]
         num_tokens = np.array(item["num_tokens"], dtype=np.float64)
-        sums = np.array(self.of_size[number]["sums"][condition])
-        losses = by_rule(rule, sums, np.array(item["without_context"][condition]), num_tokens)
+        # A number that is not finite comes back as None.
+        sums = np.array(self.of_size[number]["sums"][condition], dtype=np.float64)
+        without_context = np.array(item["without_context"][condition], dtype=np.float64)
+        losses = by_rule(rule, sums, without_context, num_tokens)
         return share_of_right(losses, TIE_NATS * (1 if rule == "mean" else num_tokens.mean()))
 
     def tables(self, subset: str, rule: str) -> list[Table]:

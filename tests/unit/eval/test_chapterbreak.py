@@ -86,6 +86,8 @@ class Forgetful(OracleScorer):
         ([1.0, 0.991, 0.985], 0, True),  # the right one is not among those that are the lowest
         ([3.0, 1.0, 1.0], 0, True),
         ([5.0] * 6, 1 / 6, True),
+        ([1.0, np.nan, 3.0], 0, False),
+        ([np.inf] * 6, 0, False),
     ],
 )
 def test_ties_are_divided(losses, share, is_tie):
