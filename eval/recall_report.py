@@ -202,13 +202,13 @@ def _again_plot(again: Sequence[Scores]) -> Lines:
     base = MEMORY_ON if MEMORY_ON in first else next(iter(first))
     lines: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         LABELS[name]: (
-            [float(distance) for distance in distances],
+            [int(distance) for distance in distances],
             [float(np.mean(_losses(again, distance)[name])) for distance in distances],
         )
         for name in first
     }
     lines[f"first reading, {LABELS[base]}"] = (
-        [float(distances[0]), float(distances[-1])],
+        [int(distances[0]), int(distances[-1])],
         [float(np.mean(first[base]))] * 2,
     )
     return Lines("read_again", "A passage read again", "distance, tokens", "loss, nats a token", lines, log_x=True)
