@@ -45,21 +45,27 @@ def place_of_second(distance: int, segment_tokens: int) -> int:
     return -(-distance // segment_tokens) * segment_tokens
 
 
+def read_once(passage: Tokens, filler: Tokens, *, segment_tokens: int) -> Tokens:
+    """A passage, and after it filler to the end of a segment; int64 `[any]`."""
+    return np.concatenate([passage, np.resize(filler, -len(passage) % segment_tokens)])
+
+
 def read_twice(passage: Tokens, filler: Tokens, *, distance: int, segment_tokens: int) -> Tokens:
     """A text in which a passage is read again.
 
     Args:
         passage: int64 `[P]`.
-        filler: What stands before the first reading and between both; repeated where it ends.
+        filler: What stands before the first reading, between both and after the second; repeated where it ends.
         distance: Tokens from the beginning of the first reading to that of the second; at least `P`.
         segment_tokens: Tokens of a segment.
 
     Returns:
-        int64 `[place_of_second + P]`.
+        int64 `[place_of_second + P]`, made whole segments.
     """
     lead = place_of_second(distance, segment_tokens) - distance
     between = np.resize(filler, lead + distance - len(passage))
-    return np.concatenate([between[:lead], passage, between[lead:], passage])
+    second = read_once(passage, filler, segment_tokens=segment_tokens)
+    return np.concatenate([between[:lead], passage, between[lead:], second])
 
 
 def of_store(store: TokenStore, *, num_passages: int, passage_tokens: int, filler_tokens: int) -> Source:
@@ -89,7 +95,7 @@ def of_store(store: TokenStore, *, num_passages: int, passage_tokens: int, fille
             "held-out documents are too short for passages that are read again",
             got=f"{store.path}: second halves with {len(places)} passages of {passage_tokens} tokens",
             expected=f"{num_passages} passages",
-            do="lower recall.passages or recall.passage_segments, or name another store with --data recall=STORE",
+            do="lower recall.passages or recall.passage_tokens, or name another store with --data recall=STORE",
         )
     passages = [store.tokens(document, at, at + passage_tokens) for document, at in places[:num_passages]]
     filler = np.zeros(0, dtype=np.int64)

@@ -36,7 +36,7 @@ class EfficiencyOptions(TaskOptions):
     """What is timed."""
 
     lengths: tuple[TokenCount, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-    """Tokens of the texts, whole segments."""
+    """Tokens of the texts, rounded up to whole segments."""
     rounds: Count = 3
     """How often everything is measured, taking turns."""
     most_seconds: Factor = 120.0
@@ -54,16 +54,10 @@ class Efficiency(Task[EfficiencyOptions]):
 
     def items(self) -> Sequence[Item]:
         """Rounds, each of which measures everything in turn."""
-        lengths, segment = self.options.lengths, self.given.config.train.segment_tokens
-        wrong = [length for length in lengths if length % segment]
-        if wrong or not lengths:
-            raise EvaluationError(
-                "efficiency.lengths are not whole segments",
-                got=", ".join(map(str, wrong)) or "none",
-                expected=f"multiples of {segment}, train.segment_tokens",
-            )
+        if not self.options.lengths:
+            raise EvaluationError("efficiency has nothing to measure", do="name lengths, such as 1024,2048")
         self._text = made_up(
-            self.given.tokens, num_passages=1, passage_tokens=max(lengths), filler_tokens=0, seed=0
+            self.given.tokens, num_passages=1, passage_tokens=self._lengths[-1], filler_tokens=0, seed=0
         ).passages[0]
         return [Item(f"round {number}", number) for number in range(self.options.rounds)][: self.options.limit]
 
@@ -75,7 +69,7 @@ class Efficiency(Task[EfficiencyOptions]):
             )
         # DeepSpeed's engines train the SideNet only, and nothing trains a partitioned backbone.
         modes = (FORWARD,) if world_size() > 1 else (FORWARD, TRAINING)
-        lengths = sorted(set(self.options.lengths))
+        lengths = self._lengths
         text = torch.from_numpy(self._text)[None].to(scorer.model.device)
         if not self._is_warm:
             for mode in modes:
@@ -92,6 +86,11 @@ class Efficiency(Task[EfficiencyOptions]):
                     scorer.on_read(length)
             found[mode] = turns.found
         return {"costs": found, "device": str(scorer.model.device), "ranks": world_size()}
+
+    @property
+    def _lengths(self) -> list[int]:
+        segment = self.given.config.train.segment_tokens
+        return sorted({-(-length // segment) * segment for length in self.options.lengths})
 
     @property
     def _is_eager(self) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from eval.passkey import MAX_TOKENS, Passkey, PasskeyMaker, first_integer, is_decided, keys, most_digits
-from eval.read_again import Source, made_up, of_store, place_of_second, read_twice
+from eval.read_again import Source, made_up, of_store, place_of_second, read_once, read_twice
 from eval.recall_report import recall_section
 from eval.report import Section
 from eval.runner import EvaluationError
@@ -37,8 +37,8 @@ class RecallOptions(TaskOptions):
     """Tokens from the beginning of a passage to that of its second reading; [] leaves passages out."""
     passages: Count = 4
     """Passages, each read again at every distance."""
-    passage_segments: Count = 2
-    """Segments of a passage."""
+    passage_tokens: TokenCount = 512
+    """Tokens of a passage; its first one is not scored."""
     seed: int = 0
     """Of keys and of sentences that are made up."""
 
@@ -68,12 +68,12 @@ class Recall(Task[RecallOptions]):
     name = "recall"
     options_class = RecallOptions
     small: ClassVar[Mapping[str, Any]] = {
-        "lengths": [1024, 2048],
+        "lengths": [1056, 2080],  # a little more than whole segments: what is read for each token written is short
         "depths": [0.0, 0.5, 1.0],
         "keys": 1,
         "distances": [1000, 2000],
         "passages": 2,
-        "passage_segments": 1,
+        "passage_tokens": 256,
     }
 
     def __init__(self, options: RecallOptions, given: Given) -> None:
@@ -118,15 +118,15 @@ class Recall(Task[RecallOptions]):
         return items
 
     def _passage_items(self) -> list[Item]:
-        options, length = self.options, self._passage_tokens
+        options = self.options
         if not options.distances:
             return []
-        if min(options.distances) < length:
+        if min(options.distances) < options.passage_tokens or options.passage_tokens == 1:
             raise EvaluationError(
-                "recall.distances has one shorter than a passage",
-                got=f"{min(options.distances)} and {options.passage_segments} segments of {length} tokens together",
-                expected=f"at least {length}",
-                do="raise it, or lower recall.passage_segments",
+                "recall.distances has one shorter than a passage, or a passage has one token only",
+                got=f"{min(options.distances)} and recall.passage_tokens {options.passage_tokens}",
+                expected="passages of 2 tokens or more, and distances of as many",
+                do="raise the distance, or set recall.passage_tokens to another number",
             )
         source = self._source()
         items = []
@@ -136,16 +136,12 @@ class Recall(Task[RecallOptions]):
             items.append(Item(" ".join(names[:num_scored]), content))
         return items
 
-    @property
-    def _passage_tokens(self) -> int:
-        return self.options.passage_segments * self.given.config.train.segment_tokens
-
     def _source(self) -> Source:
         """Held-out text of the run where there is enough of it, sentences otherwise; of the store that is named."""
         options, config = self.options, self.given.config
         sizes = {
             "num_passages": options.passages,
-            "passage_tokens": self._passage_tokens,
+            "passage_tokens": options.passage_tokens,
             "filler_tokens": place_of_second(max(options.distances), config.train.segment_tokens),
         }
         try:
@@ -210,25 +206,24 @@ class Recall(Task[RecallOptions]):
 
     def _read_again(self, passages: Passages, scorer: Scorer) -> Scores:
         hows = {name: How(name) for name in scorer.conditions if name != OTHER_MEMORY or len(passages.tokens) > 1}
-        segment, length = scorer.segment_tokens, self._passage_tokens
+        segment, num_scored, filler = scorer.segment_tokens, self.options.passage_tokens - 1, passages.filler
 
         def read(texts: Sequence[Tokens], start: int) -> Mapping[str, list[float]]:
-            losses = scorer.follow(texts, first_scored=start, num_tokens=start + length, hows=hows)
-            # The last token of a passage predicts nothing of it: the same tokens are scored in both readings.
-            return {name: [float(row[: length - 1].mean()) for row in rows] for name, rows in losses.items()}
+            losses = scorer.follow(texts, first_scored=start, num_tokens=len(texts[0]), hows=hows)
+            # What comes after a passage is none of it: the same tokens are scored in both readings.
+            return {name: [float(row[:num_scored].mean()) for row in rows] for name, rows in losses.items()}
 
-        first = read(passages.tokens, 0)
+        first = read([read_once(tokens, filler, segment_tokens=segment) for tokens in passages.tokens], 0)
         again = {}
         for distance in dict.fromkeys(self.options.distances):
             texts = [
-                read_twice(tokens, passages.filler, distance=distance, segment_tokens=segment)
-                for tokens in passages.tokens
+                read_twice(tokens, filler, distance=distance, segment_tokens=segment) for tokens in passages.tokens
             ]
             again[distance] = read(texts, place_of_second(distance, segment))
         return {
             passages.names[row]: {
                 "source": passages.source,
-                "num_tokens": length - 1,
+                "num_tokens": num_scored,
                 "first": {name: values[row] for name, values in first.items()},
                 "again": {
                     str(distance): {name: values[row] for name, values in one.items()}

@@ -14,6 +14,6 @@ def arguments(folder: Path) -> list[str]:
         "keys": "1",
         "distances": "[40, 64]",
         "passages": "3",
-        "passage_segments": "1",
+        "passage_tokens": "20",
     }
     return [part for key, value in values.items() for part in (f"--recall.{key}", value)]

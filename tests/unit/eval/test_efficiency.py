@@ -218,10 +218,12 @@ class TestTask:
             costs[FULL]["144"] == {"left_out": "the backbone has 128 positions"} and "seconds" in costs[LONGMEM]["144"]
         )
 
-    def test_lengths_are_whole_segments(self, given):
-        with pytest.raises(EvaluationError, match="not whole segments; got: 40; expected: multiples of 16"):
-            Efficiency(EfficiencyOptions(lengths=(32, 40)), given).items()
-        with pytest.raises(EvaluationError, match="got: none"):
+    def test_lengths_are_made_whole_segments(self, given, longmem):
+        task, items, scorer = make(given, longmem, lengths=(40, 32, 17, 1), rounds=1)
+        assert list(task.score(items[0], scorer)["costs"][FORWARD][FULL]) == ["16", "32", "48"]
+
+    def test_nothing_to_measure_is_refused(self, given):
+        with pytest.raises(EvaluationError, match="nothing to measure; do: name lengths"):
             Efficiency(EfficiencyOptions(lengths=()), given).items()
 
     def test_only_a_model_has_a_cost(self, given):

@@ -18,7 +18,7 @@ from eval.passkey import (
     keys,
     most_digits,
 )
-from eval.read_again import GENERATED, made_up, of_store, place_of_second, read_twice
+from eval.read_again import GENERATED, made_up, of_store, place_of_second, read_once, read_twice
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, CONDITIONS, LONGEST_WINDOW, MEMORY_ON, OTHER_MEMORY
 from eval.task import Given
@@ -237,6 +237,12 @@ class TestReadAgain:
         rest = np.concatenate([text[: second - distance], text[second - distance + 16 : second]])
         assert rest.tolist() == np.resize(filler, second - 16).tolist()
 
+    def test_a_passage_that_is_no_whole_segment_is_followed_by_filler(self):
+        passage, filler = np.arange(100, 120), np.arange(40)
+        assert read_once(passage, filler, segment_tokens=16).tolist() == [*passage, *range(12)]
+        text = read_twice(passage, filler, distance=40, segment_tokens=16)
+        assert text[48:].tolist() == [*passage, *range(12)] and text[8:28].tolist() == passage.tolist()
+
     def test_known_losses_come_back(self, make):
         def knows(before, token, condition):
             """1 for what is new; for what was read before 0.25 with memory, 1 without."""
@@ -246,7 +252,7 @@ class TestReadAgain:
             return 0.25 if is_known else 1.0
 
         # Sentences of few words repeat pairs of tokens: what is known is asked of a passage without any.
-        task = make(distances=(40, 64), passages=3, passage_segments=1)
+        task = make(distances=(40, 64), passages=3, passage_tokens=16)
         items = task.items()
         for number, item in enumerate(items):
             for at, tokens in enumerate(item.content.tokens):
@@ -275,7 +281,7 @@ class TestReadAgain:
         assert len(of_store(store, num_passages=1, passage_tokens=16, filler_tokens=50).filler) == 50
 
     def test_sentences_are_made_up_where_the_runs_text_cannot_be_used(self, make, given, tmp_path):
-        options = {"distances": (64,), "passages": 2, "passage_segments": 1}
+        options = {"distances": (64,), "passages": 2, "passage_tokens": 16}
         assert make(**options).items()[0].content.source.startswith("held-out documents of")
         gone = given.config.model_copy(update={"data": given.config.data.model_copy(update={"path": str(tmp_path)})})
         task = make(Given(given.tokenizer, gone, 128), **options)
@@ -286,11 +292,11 @@ class TestReadAgain:
         assert [len(tokens) for tokens in item.content.tokens] == [16, 16] and len(item.content.filler) == 64
 
     def test_a_store_that_is_named_must_do(self, make, tiny_run, tmp_path):
-        options = {"distances": (64,), "passages": 2, "passage_segments": 1}
+        options = {"distances": (64,), "passages": 2, "passage_tokens": 16}
         with pytest.raises(DataError):
             make(data=(str(tmp_path),), **options).items()
         with pytest.raises(DataError, match=r"too short for passages that are read again; got: .* 0 passages of 64"):
-            make(data=(str(tiny_run.data),), distances=(64,), passage_segments=4).items()
+            make(data=(str(tiny_run.data),), distances=(64,), passage_tokens=64).items()
 
     def test_made_up_text_is_the_same_every_time_and_another_for_another_seed(self, given):
         sizes = {"num_passages": 2, "passage_tokens": 32, "filler_tokens": 500}
@@ -299,8 +305,10 @@ class TestReadAgain:
         assert len(one.filler) == 500 and not np.array_equal(one.passages[0], one.passages[1])
 
     def test_a_distance_within_the_passage_is_refused(self, make):
-        with pytest.raises(EvaluationError, match="one shorter than a passage; got: 20 and 2 segments of 32 tokens"):
-            make(distances=(64, 20), passage_segments=2).items()
+        with pytest.raises(EvaluationError, match="shorter than a passage, .*; got: 20 and recall.passage_tokens 32"):
+            make(distances=(64, 20), passage_tokens=32).items()
+        with pytest.raises(EvaluationError, match="got: 64 and recall.passage_tokens 1;"):
+            make(distances=(64,), passage_tokens=1).items()
 
 
 def test_nothing_to_do_is_refused(make):
@@ -315,7 +323,7 @@ def test_names_are_of_their_own_and_a_limit_takes_the_first(make):
         "keys": 3,
         "distances": (64,),
         "passages": 3,
-        "passage_segments": 1,
+        "passage_tokens": 16,
     }
     names = [item.name for item in make(**options).items()]
     assert len(set(names)) == len(names) == 5 + 5 + 2
