@@ -86,6 +86,13 @@ class Recall(Task[RecallOptions]):
         options = self.options
         if not (options.lengths and options.depths) and not options.distances:
             raise EvaluationError("recall has nothing to do", do="name lengths and depths, or distances")
+        if len(options.data) > 1:
+            raise EvaluationError("recall reads one token store", got=", ".join(options.data), do="name one of them")
+        memory = self.given.config.memory.tokens
+        if beyond := [f"{one:,}" for one in (*options.lengths, *options.distances) if one > memory]:
+            logger.warning(
+                "recall: of %s tokens memory, which holds %s, forgets the beginning", ", ".join(beyond), f"{memory:,}"
+            )
         found = [*self._passkey_items(), *self._passage_items()]
         return found[: options.limit]
 
@@ -206,12 +213,12 @@ class Recall(Task[RecallOptions]):
 
     def _read_again(self, passages: Passages, scorer: Scorer) -> Scores:
         hows = {name: How(name) for name in scorer.conditions if name != OTHER_MEMORY or len(passages.tokens) > 1}
-        segment, num_scored, filler = scorer.segment_tokens, self.options.passage_tokens - 1, passages.filler
+        segment, scored, filler = scorer.segment_tokens, self.options.passage_tokens - 1, passages.filler
 
         def read(texts: Sequence[Tokens], start: int) -> Mapping[str, list[float]]:
             losses = scorer.follow(texts, first_scored=start, num_tokens=len(texts[0]), hows=hows)
             # What comes after a passage is none of it: the same tokens are scored in both readings.
-            return {name: [float(row[:num_scored].mean()) for row in rows] for name, rows in losses.items()}
+            return {name: [float(row[:scored].mean()) for row in rows] for name, rows in losses.items()}
 
         first = read([read_once(tokens, filler, segment_tokens=segment) for tokens in passages.tokens], 0)
         again = {}
@@ -223,7 +230,7 @@ class Recall(Task[RecallOptions]):
         return {
             passages.names[row]: {
                 "source": passages.source,
-                "num_tokens": num_scored,
+                "num_tokens": scored,
                 "first": {name: values[row] for name, values in first.items()},
                 "again": {
                     str(distance): {name: values[row] for name, values in one.items()}

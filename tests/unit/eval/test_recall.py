@@ -217,9 +217,10 @@ def test_a_text_that_is_alone_has_no_other_memory(make, given):
     assert section.missing == ["(d) memory of another document"]
 
 
-def test_what_memory_has_no_room_for_is_said(make, given):
+def test_what_memory_has_no_room_for_is_said(make, given, caplog):
     task = make(lengths=(480,), depths=DEPTHS, keys=1)
     parts, section = evaluated(task, OracleScorer())
+    assert "of 480 tokens memory, which holds 64, forgets the beginning" in caplog.text
     # A past of 464 tokens and the open segment; memory holds 64.
     assert {one["forgotten"] for one in parts.values()} == {464 - 64}
     gone = [one["depth"] for one in parts.values() if one["key_is_forgotten"]]
@@ -295,6 +296,8 @@ class TestReadAgain:
         options = {"distances": (64,), "passages": 2, "passage_tokens": 16}
         with pytest.raises(DataError):
             make(data=(str(tmp_path),), **options).items()
+        with pytest.raises(EvaluationError, match="reads one token store; got: a, b"):
+            make(data=("a", "b"), **options).items()
         with pytest.raises(DataError, match=r"too short for passages that are read again; got: .* 0 passages of 64"):
             make(data=(str(tiny_run.data),), distances=(64,), passage_tokens=64).items()
 
