@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -102,8 +102,17 @@ def _value(text: str) -> Any:
         return text
 
 
+def _tuple(value: Any) -> Any:
+    """Several values: `1,2` or `[1, 2]`; or only one."""
+    if isinstance(value, str):
+        value = [_value(part) for part in value.split(",")]
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 def _validated(task: type[Task[Any]], values: Mapping[str, Any], problems: list[str]) -> TaskOptions | None:
-    lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    fields = task.options_class.model_fields
+    several = {name for name, field in fields.items() if get_origin(field.annotation) is tuple}
+    lists: dict[str, Any] = {name: _tuple(value) if name in several else value for name, value in values.items()}
     try:
         return task.options_class.model_validate(lists)
     except ValidationError as error:

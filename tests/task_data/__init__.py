@@ -1,4 +1,4 @@
-"""What each task is tried with on a tiny model: `arguments` of a task's file writes tiny data and says how it is read."""
+"""What each task is tried with on a tiny model: `arguments` of its file writes tiny data and says how it is read."""
 
 from __future__ import annotations
 
