@@ -117,6 +117,7 @@ def _rule(first: Scores, num_rounds: int, given: Given) -> str:
             if config.memory.enabled
             else "; memory is off."
         ),
+        "Weights of backbone and SideNet are there all the time. "
         f"Memory: {'bytes allocated on the accelerator' if 'cuda' in first['device'] else host}.",
         f"Beyond {given.longest:,} tokens, the longest window, only the cost of full attention is meant.",
     ]
