@@ -148,7 +148,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
@@ -158,7 +158,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
         if plot.log_x:
             axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # never over the lines
     else:
         numbers = np.array([[np.nan if value is None else value for value in row] for row in plot.values])
         image = axes.imshow(numbers, aspect="auto", cmap="viridis", vmin=plot.lowest, vmax=plot.highest)
