@@ -120,6 +120,7 @@ class ModelScorer:
     ) -> dict[str, list[Losses]]:
         """As in `Scorer`."""
         found: dict[str, list[Losses]] = {name: [] for name in conditions}
+        room = max(len(row.tokens) for row in rows)
         for part in self._batches([row.tokens for row in rows]):
             targets = torch.full((len(part.numbers), part.tokens.shape[1]), IGNORED, device=self.model.device)
             for target, number in zip(targets, part.numbers, strict=True):
@@ -128,7 +129,7 @@ class ModelScorer:
                 end = len(row.tokens) - 1
                 scored = torch.from_numpy(row.tokens[-row.num_scored :])
                 target[end - row.num_scored : end] = scored.to(target)
-            for name, hidden in self._hidden(past, part.tokens, conditions, lane, other):
+            for name, hidden in self._hidden(past, part.tokens, conditions, lane, other, room):
                 losses = part.of_all_ranks(self.model.losses(hidden, targets), self)
                 for number, of_row in losses.items():
                     row = rows[number]
@@ -152,6 +153,7 @@ class ModelScorer:
         """As in `Scorer`."""
         written: list[list[int]] = [[] for _ in prompts]
         open_rows = list(range(len(prompts)))
+        room = max(len(prompt) for prompt in prompts) + max_tokens
         while open_rows:
             texts, tried = [], []
             for number in open_rows:
@@ -159,7 +161,7 @@ class ModelScorer:
                 done = written[number]
                 tried.append(guess[len(done) : max_tokens - 1] if guess[: len(done)] == done else [])
                 texts.append(np.array([*prompts[number], *done, *tried[-1]], dtype=np.int64))
-            chosen = self._choices(past, texts, [len(one) for one in tried], condition, lane, other)
+            chosen = self._choices(past, texts, [len(one) for one in tried], condition, lane, other, room)
             for number, guess, choice in zip(open_rows, tried, chosen, strict=True):
                 for place, token in enumerate(choice):
                     written[number].append(token)
@@ -186,12 +188,19 @@ class ModelScorer:
         )
 
     def _choices(
-        self, past: Past, texts: Sequence[Tokens], num_tried: Sequence[int], condition: str, lane: int, other: int
+        self,
+        past: Past,
+        texts: Sequence[Tokens],
+        num_tried: Sequence[int],
+        condition: str,
+        lane: int,
+        other: int,
+        room: int,
     ) -> list[list[int]]:
         """The likeliest token at each of the last `num_tried + 1` places of every text."""
         found: list[list[int]] = []
         for part in self._batches(texts):
-            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other):
+            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other, room):
                 most = max(num_tried[number] for number in part.all_numbers) + 1
                 last = torch.tensor([len(texts[number]) - 1 for number in part.numbers], device=hidden.device)
                 places = (last[:, None] - torch.arange(most - 1, -1, -1, device=hidden.device)).clamp_min(0)
@@ -216,9 +225,12 @@ class ModelScorer:
             yield _Batch(own, numbers, tokens.to(device))
 
     def _hidden(
-        self, past: Past, tokens: Tensor, conditions: Sequence[str], lane: int, other: int
+        self, past: Past, tokens: Tensor, conditions: Sequence[str], lane: int, other: int, room: int
     ) -> Iterator[tuple[str, Tensor]]:
-        """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`."""
+        """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`.
+
+        The longest window keeps so much `room` for a row, however many rows there are at once and however long.
+        """
         num_rows, place = len(tokens), past.tokens.shape[1]
         ordinary = [name for name in conditions if name != LONGEST_WINDOW]
         if ordinary:
@@ -229,7 +241,7 @@ class ModelScorer:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
         if LONGEST_WINDOW in conditions:
-            yield LONGEST_WINDOW, self._with_longest_window(past.tokens[lane], tokens)
+            yield LONGEST_WINDOW, self._with_longest_window(past.tokens[lane], tokens, room)
 
     def _read(self, past: Past, seen: Seen, condition: str, lane: int, other: int) -> Tensor:
         if condition == BACKBONE:
@@ -246,9 +258,9 @@ class ModelScorer:
             at_one_place=True,
         )
 
-    def _with_longest_window(self, before: Tensor, tokens: Tensor) -> Tensor:
+    def _with_longest_window(self, before: Tensor, tokens: Tensor, room: int) -> Tensor:
         """The backbone alone with all that it can take before each row; what rows share is read once."""
-        kept = before[max(0, len(before) - max(0, self.longest - tokens.shape[1])) :]
+        kept = before[max(0, len(before) - max(0, self.longest - room)) :]
         cache = DynamicCache(config=self.model.backbone.model.config)
         if len(kept):
             self.model.encode(kept[None], None, cache=cache)

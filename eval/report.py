@@ -147,6 +147,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
     """Draws a plot into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -156,7 +157,11 @@ def draw(plot: Lines | Heat, path: Path) -> None:
         for number, (label, (places, values)) in enumerate(plot.lines.items()):
             axes.plot(places, values, label=label, marker="osD^vP*X"[number % 8], markersize=4)
         if plot.log_x:
+            ticks = sorted({place for places, _ in plot.lines.values() for place in places})
             axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # never over the lines
     else:

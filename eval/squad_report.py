@@ -21,7 +21,7 @@ RULE = (
     "tokens. They are compared as the official script does: lower case, no ASCII punctuation, no articles, one space "
     "between words; exact match and F1 over words with the right answer where it is highest; a question without answer "
     "is rightly answered with nothing, and no threshold for that is searched. Percent of questions; 95 % intervals by "
-    "bootstrap over questions, of which each has its mean over {num_seeds} draw(s) of demonstrations. "
+    "bootstrap over questions, of which each has its mean over {num_seeds} draws of demonstrations. "
 )
 WHERE = {
     "window": "Passages stand before their questions; {window} demonstrations before that, the further ones in memory.",
@@ -29,6 +29,7 @@ WHERE = {
     "{window}: no window but the recent and the longest one sees it unless there is very little after it.",
 }
 APART = " Demonstrations are of passages kept apart from those that are asked about, a fifth of the only file."
+LEFT_OUT = " Questions that have no answer were left out."
 
 
 def squad_section(
@@ -38,6 +39,7 @@ def squad_section(
     window: int,
     answer_tokens: int,
     other: str,
+    leaves_out: bool,
     has_passages_apart: bool,
 ) -> Section:
     """The report.
@@ -48,6 +50,7 @@ def squad_section(
         window: Demonstrations in the window.
         answer_tokens: Tokens written at most.
         other: What other memory was.
+        leaves_out: Whether questions without answer were left out.
         has_passages_apart: Whether the demonstrations are of the same file.
 
     Returns:
@@ -55,7 +58,9 @@ def squad_section(
     """
     names = {**LABELS, OTHER_MEMORY: f"(d) memory of {other}"}
     num_seeds = len({one["seed"] for one in scores})
-    rule = RULE.format(answer_tokens=answer_tokens, num_seeds=num_seeds) + WHERE[passage].format(window=window)
+    rule = RULE.format(answer_tokens=answer_tokens, num_seeds=num_seeds).replace(
+        "over 1 draws", "over one draw"
+    ) + WHERE[passage].format(window=window)
     cells = {
         memory: [one for one in scores if one["memory"] == memory]
         for memory in dict.fromkeys(one["memory"] for one in scores)
@@ -80,7 +85,7 @@ def squad_section(
         missing = ["(d) to (f): with nothing in memory they are the same as (c) or (a)"]
     return Section(
         "SQuAD: written answers",
-        rule + (APART if has_passages_apart else ""),
+        rule + LEFT_OUT * leaves_out + (APART if has_passages_apart else ""),
         tables,
         [_plot(figure, names, cells) for figure, cells in found.items() if len(cells) > 1],
         missing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -37,6 +37,8 @@ class SquadOptions(TaskOptions):
     """Questions with answers right before the one that is asked."""
     memory_demonstrations: Numbers = (0, 200)
     """Further ones in memory, with their passages."""
+    unanswerable: Literal["asked", "left_out"] = "asked"
+    """What is done with questions of version 2.0 that have no answer, in demonstrations too."""
     seeds: Numbers = (1,)
     """Of the draws of demonstrations."""
     answer_tokens: Count = 32
@@ -69,6 +71,7 @@ class Squad(Task[SquadOptions]):
     small: ClassVar[Mapping[str, Any]] = {
         "passage": "memory",
         "memory_demonstrations": (4,),
+        "unanswerable": "left_out",
         "answer_tokens": 8,
         "limit": 4,
     }
@@ -133,6 +136,7 @@ class Squad(Task[SquadOptions]):
             window=options.window_demonstrations,
             answer_tokens=options.answer_tokens,
             other="the same demonstrations with their answers shuffled" if self._in_window else "another passage",
+            leaves_out=options.unanswerable == "left_out",
             has_passages_apart=len(self.options.data) == 1,
         )
 
@@ -147,11 +151,11 @@ class Squad(Task[SquadOptions]):
             raise ConfigError(
                 [f"squad reads a file and one of demonstrations; got: {', '.join(self.options.data)}"[:400]]
             )
-        own = read_passages(self.options.data[0])
+        own = self._read(self.options.data[0])
         order = [int(number) for number in np.random.default_rng(0).permutation(len(own))]
         apart = order[: -(-len(own) // KEPT_APART)] if len(self.options.data) == 1 else []
         tested = [(number, own[number]) for number in order if number not in set(apart)]
-        shown = [own[number] for number in apart] if apart else read_passages(self.options.data[1])
+        shown = [own[number] for number in apart] if apart else self._read(self.options.data[1])
         texts = {as_compared(passage.text) for _, passage in tested}
         left = [passage for passage in shown if as_compared(passage.text) not in texts]
         if not tested or not left:
@@ -162,6 +166,17 @@ class Squad(Task[SquadOptions]):
                 do="give another file of demonstrations as the second --data squad=FILE",
             )
         return tested, left
+
+    def _read(self, path: str) -> list[Passage]:
+        passages = read_passages(path)
+        if self.options.unanswerable == "asked":
+            return passages
+        kept = [replace(one, questions=[asked for asked in one.questions if asked.answers]) for one in passages]
+        if not any(one.questions for one in kept):
+            raise EvaluationError(
+                f"{path}: no question has an answer", do="leave out --squad.unanswerable left_out, or give another file"
+            )
+        return [one for one in kept if one.questions]
 
     @cached_property
     def _demonstrations(self) -> list[Demonstration]:

@@ -182,6 +182,15 @@ def test_items(make):
     assert len(make().items()) == 8
 
 
+def test_questions_without_answer_may_be_left_out(make):
+    task = make(unanswerable="left_out")
+    assert len([one for item in task.items() for one in item.content.questions]) == 16
+    assert all(one.answer for drawn in task._drawn(1) for one in drawn)
+    assert "no answer were left out" in scored(task, OracleScorer())[1].rule
+    with pytest.raises(EvaluationError, match="no question has an answer"):
+        make(whole(article("A", paragraph(1, questions=0), paragraph(2, questions=0))), unanswerable="left_out").items()
+
+
 def scored(task, scorer):
     scores = {item.name: task.score(item, scorer) for item in task.items()}
     scores = json.loads(json.dumps(scores))
