@@ -28,6 +28,7 @@ AS_WITHOUT: Mapping[str, str] = {
     LONGEST_WINDOW: BACKBONE,
 }
 """What a condition is the same as where there is no demonstration in memory."""
+AS_WITHOUT_NOTE = "0: with nothing in memory (d), (e) and (g) are (c), and (f) is (a)."
 RULES = {
     "labels": "An item is right if its label is the likeliest of the set's labels after the prompt, by the sum of the "
     "log-probabilities of their tokens (not divided by their number); where m are equally likely it counts 1/m.",
@@ -175,8 +176,7 @@ def _table(name: str, window: int, group: Mapping[int, Cell], longest: int) -> T
                     str(mean.num_items),
                 ]
             )
-        if memory:
-            notes.append(_held(memory, cell, longest))
+        notes.append(_held(memory, cell, longest) if memory else AS_WITHOUT_NOTE)
         if cell.ties:
             ties = ", ".join(f"{NAMES[one]} {count}" for one, count in cell.ties.items())
             notes.append(f"{memory:,}: the right label shares the first place: {ties}.")

@@ -155,12 +155,12 @@ def _note(parts: Sequence[Scores], passage: str) -> str:
     """What was in memory, and what is no longer."""
     tokens, forgotten = (np.mean([one[key] for one in parts]) for key in ("memory_tokens", "forgotten"))
     if not tokens:
-        return ""
+        return "With nothing in memory (d) and (e) are (c), and (f) is (a)."
     text = f"{tokens:,.0f} tokens in memory, with what fills whole segments"
     if not forgotten:
         return f"{text}."
-    what = "the passage and the oldest demonstrations" if passage == "memory" else "the oldest demonstrations"
-    return f"{text}, which has no room for the first {forgotten:,.0f}: {what} are forgotten."
+    what = "what fills up, and then the passage" if passage == "memory" else "the oldest demonstrations"
+    return f"{text}, which has no room for the first {forgotten:,.0f}: {what}."
 
 
 def _plot(figure: str, names: Mapping[str, str], cells: Mapping[int, Comparison]) -> Lines:
