@@ -28,7 +28,7 @@ WHERE = {
     "memory": "The passage is in memory, before the further demonstrations there and the passages of the window's "
     "{window}: no window but the recent and the longest one sees it unless there is very little after it.",
 }
-APART = " Demonstrations are of passages kept apart from those that are asked about, a fifth of the only file."
+APART = " Demonstrations are of passages kept apart from those that are asked about, a quarter of the only file."
 LEFT_OUT = " Questions that have no answer were left out."
 
 

@@ -24,7 +24,7 @@ from pipeline.config.kinds import Count
 from pipeline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-KEPT_APART = 5
+KEPT_APART = 4
 """Of so many passages of a file one is kept for demonstrations, where there is no other file for them."""
 
 

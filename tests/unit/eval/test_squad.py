@@ -153,7 +153,7 @@ def test_a_file_that_is_not_there_or_no_text(make, tmp_path, given):
 def test_demonstrations_are_of_other_passages_than_the_questions(make):
     task = make()
     tested, shown = task._passages
-    assert len(tested) == 8 and len(shown) == 2
+    assert len(tested) == 7 and len(shown) == 3
     assert not {passage.text for _, passage in tested} & {passage.text for passage in shown}
     task = make(FILE, whole(article("C", paragraph(1), paragraph(77))))
     tested, shown = task._passages
@@ -165,8 +165,8 @@ def test_demonstrations_are_of_other_passages_than_the_questions(make):
 
 
 def test_demands_that_cannot_be_met(make, given, caplog):
-    with pytest.raises(EvaluationError, match="too few demonstrations; got: 6; expected: 7"):
-        make(memory_demonstrations=(4,)).items()
+    with pytest.raises(EvaluationError, match="too few demonstrations; got: 9; expected: 10"):
+        make(memory_demonstrations=(7,)).items()
     with pytest.raises(EvaluationError, match="the prompt of question .* is too long; got: .* at most 50"):
         make(given=Given(given.tokenizer, given.config, 50)).items()
     with caplog.at_level(logging.WARNING):
@@ -179,12 +179,12 @@ def test_items(make):
     assert [len(item.content.questions) for item in few] == [3, 1] * 2
     assert [len(item.content.questions) for item in more] == [3, 3, 1] * 2
     assert few[0].name == more[0].name and few[1].name not in {item.name for item in more}
-    assert len(make().items()) == 8
+    assert len(make().items()) == 7
 
 
 def test_questions_without_answer_may_be_left_out(make):
     task = make(unanswerable="left_out")
-    assert len([one for item in task.items() for one in item.content.questions]) == 16
+    assert len([one for item in task.items() for one in item.content.questions]) == 14
     assert all(one.answer for drawn in task._drawn(1) for one in drawn)
     assert "no answer were left out" in scored(task, OracleScorer())[1].rule
     with pytest.raises(EvaluationError, match="no question has an answer"):
@@ -224,7 +224,7 @@ def test_a_scorer_that_knows_has_all_and_one_that_says_nothing_the_unanswerable(
     assert means(section, "exact match")[MEMORY_ON] == pytest.approx(100 / 3)
     kinds = section.figures["by_memory_demonstrations"]["0"]["answerable"]
     assert kinds["yes"]["F1"][MEMORY_ON] == 0.0 and kinds["no"]["F1"][MEMORY_ON] == 100.0
-    assert (kinds["yes"]["questions"], kinds["no"]["questions"]) == (16, 8)
+    assert (kinds["yes"]["questions"], kinds["no"]["questions"]) == (14, 7)
 
 
 def test_a_known_part_is_right_by_condition_and_number_of_demonstrations(make, given):
@@ -244,7 +244,7 @@ def test_a_known_part_is_right_by_condition_and_number_of_demonstrations(make, g
     assert means(section, "F1", 2)[BACKBONE] == pytest.approx(100 * (2 * 2 / (2 + 4) + 0 + 1) / 3)
     found = section.figures["by_memory_demonstrations"]["2"]["exact match"]
     assert found["memory_on_minus"][BACKBONE]["mean"] == pytest.approx(200 / 3)
-    assert found["means"][BACKBONE]["num_items"] == 24  # questions, not questions and seeds
+    assert found["means"][BACKBONE]["num_items"] == 21  # questions, not questions and seeds
     assert [plot.name for plot in section.plots] == ["exact-match", "f1"]
     assert section.plots[0].lines["(f) backbone alone, longest window"][1] == [pytest.approx(100 / 3), 100.0]
     assert "answers shuffled" in markdown({}, {"squad": section}) and not section.missing
