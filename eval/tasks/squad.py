@@ -72,7 +72,7 @@ class Squad(Task[SquadOptions]):
         "passage": "memory",
         "memory_demonstrations": (4,),
         "unanswerable": "left_out",
-        "answer_tokens": 8,
+        "answer_tokens": 12,
         "limit": 4,
     }
     needs_data = True
