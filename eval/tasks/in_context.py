@@ -196,11 +196,12 @@ class InContext(Task[InContextOptions]):
             )
         asked = max(len(one) for question in self._questions[name] for one in question.asked)
         drawn = self._draw(name, seed)
-        longest = len(drawn.window(most)) + asked
+        context = self.given.config.backbone.context_tokens
+        longest = context + len(drawn.window(most)) + asked
         if 0 < self.given.longest < longest:
             raise EvaluationError(
                 f"a prompt of {name} with {most} demonstrations is too long",
-                got=f"{longest} tokens",
+                got=f"{longest} tokens, {context} of them left context",
                 expected=f"at most {self.given.longest}, the backbone's longest window",
                 do="lower --in_context.window_demonstrations",
             )

@@ -212,15 +212,15 @@ class Squad(Task[SquadOptions]):
             )
             for passage, question in questions
         )
-        longest += self.options.answer_tokens
+        context = self.given.config.backbone.context_tokens
+        longest += context + self.options.answer_tokens
         if 0 < self.given.longest < longest:
             raise EvaluationError(
                 f"the prompt of question {question[:80]} is too long",
-                got=f"{longest} tokens with its answer",
+                got=f"{longest} tokens, {context} of them left context and {self.options.answer_tokens} the answer",
                 expected=f"at most {self.given.longest}, the backbone's longest window",
                 do="lower --squad.window_demonstrations, or set --squad.passage memory",
             )
-
         ask = Ask(seed, max(self.options.memory_demonstrations), questions[0][0], [])
         length, room = len(self._lanes(ask, window, further)[0]), memory_tokens(self.given)
         if 0 < room < length and seed == self.options.seeds[0]:

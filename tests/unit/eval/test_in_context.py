@@ -311,6 +311,11 @@ def test_demands_that_cannot_be_met(make, given):
     short = Given(given.tokenizer, given.config, 30)
     with pytest.raises(EvaluationError, match="a prompt of MR with 2 demonstrations is too long; got: .* at most 30"):
         make(given=short).items()
+    fits = Given(given.tokenizer, given.config, 120)
+    assert make(given=fits).items()
+    with_context = Given(given.tokenizer, tiny_config(backbone={"context_tokens": 64}), 120)
+    with pytest.raises(EvaluationError, match="64 of them left context"):
+        make(given=with_context).items()
 
 
 def test_options_on_the_command_line():
