@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from eval.labelled import Example, Form, LabelledSet, as_compared
 from eval.runner import EvaluationError
@@ -15,6 +17,12 @@ from eval.scorer import Tokens
 from eval.task import Given
 
 logger = logging.getLogger(__name__)
+Numbers = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=10**6)], ...],
+    Field(min_length=1),
+    AfterValidator(lambda numbers: tuple(sorted(set(numbers)))),
+]
+"""An option of several numbers: each counts once, the smallest first."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Draw:
 
     def window(self, num: int) -> Tokens:
         """Tokens of so many demonstrations, int64 `[any]`."""
-        return _text(self._tokens(self._pool.form, one) for one in reversed(self._window[:num]))
+        return text_of(self._tokens(self._pool.form, one) for one in reversed(self._window[:num]))
 
     def memory(self, num: int) -> Memory:
         """So many demonstrations, the last of which are the first drawn.
@@ -125,7 +133,7 @@ class Draw:
         shown = self._memory[: len(pieces)]
         labels = np.random.default_rng((self._seed, 1)).permutation([one.label for one in shown])
         shuffled = [self._tokens(form, one._replace(label=label)) for one, label in zip(shown, labels, strict=True)]
-        lanes = [_text(reversed(pieces)), _text(reversed(shuffled))]
+        lanes = [text_of(reversed(pieces)), text_of(reversed(shuffled))]
         if self._other is not None:
             lanes.append(self._foreign(length))
         return Memory([lane[len(lane) - length :] for lane in lanes], [len(piece) for piece in pieces])
@@ -144,8 +152,26 @@ class Draw:
                 break
             pieces.append(self._tokens(self._other.form, allowed[number]))
             total += len(pieces[-1])
-        return _text(pieces)
+        return text_of(pieces)
 
 
-def _text(pieces: Iterable[Sequence[int]]) -> Tokens:
+def text_of(pieces: Iterable[Sequence[int]]) -> Tokens:
+    """Pieces of a text as one, int64 `[any]`."""
     return np.array([token for piece in pieces for token in piece], dtype=np.int64)
+
+
+def within_reach(given: Given, lanes: Iterable[Tokens]) -> list[Tokens]:
+    """The ends of texts that are to be remembered, as far back as anything sees them.
+
+    What is beyond memory, the left context of its first segment, and the longest window, changes nothing.
+    """
+    segment = given.config.train.segment_tokens
+    reach = max(memory_tokens(given) + given.config.backbone.context_tokens, given.longest)
+    read = -(-reach // segment) * segment
+    return [lane[max(0, len(lane) - read) :] for lane in lanes]
+
+
+def memory_tokens(given: Given) -> int:
+    """How many tokens memory has room for; 0 without memory."""
+    memory = given.config.memory
+    return memory.tokens if memory.enabled else 0

@@ -28,6 +28,7 @@ AS_WITHOUT: Mapping[str, str] = {
     LONGEST_WINDOW: BACKBONE,
 }
 """What a condition is the same as where there is no demonstration in memory."""
+AS_WITHOUT_NOTE = "0: with nothing in memory (d), (e) and (g) are (c), and (f) is (a)."
 RULES = {
     "labels": "An item is right if its label is the likeliest of the set's labels after the prompt, by the sum of the "
     "log-probabilities of their tokens (not divided by their number); where m are equally likely it counts 1/m.",
@@ -76,9 +77,9 @@ def in_context_section(scores: Sequence[Scores], *, rule: str, longest: int) -> 
         f"{RULES[rule]} Accuracy is the mean over {num_seeds} seed{'s' * (num_seeds > 1)} (draws of demonstrations); "
         "intervals are 95 %, by bootstrap over test items, of which each has its mean over seeds; deviation is that of "
         "the seeds' accuracies (numpy.std, as the official code). Demonstrations are drawn at random, not balanced. "
-        "The window holds its demonstrations and the sentence, under every condition; before them come, under "
-        "(c) to (g), the newest of memory's as far as the left context and the recent window reach, under (a) and (b) "
-        "as far as the left context does."
+        "The window holds its demonstrations and the sentence, under every condition. Before them come the newest of "
+        "memory's: as many as the left context holds under (a) and (b), as that and the recent window under (c), (d), "
+        "(e) and (g), as the longest window under (f)."
     )
     return Section(
         "In-context learning: labels of sentences",
@@ -175,8 +176,7 @@ def _table(name: str, window: int, group: Mapping[int, Cell], longest: int) -> T
                     str(mean.num_items),
                 ]
             )
-        if memory:
-            notes.append(_held(memory, cell, longest))
+        notes.append(_held(memory, cell, longest) if memory else AS_WITHOUT_NOTE)
         if cell.ties:
             ties = ", ".join(f"{NAMES[one]} {count}" for one, count in cell.ties.items())
             notes.append(f"{memory:,}: the right label shares the first place: {ties}.")
@@ -188,7 +188,7 @@ def _held(memory: int, cell: Cell, longest: int) -> str:
     """What has become of the demonstrations in memory."""
     keys = ("remembered", "memory_tokens", "within_memory", "within_longest")
     mean = {key: np.mean([one[key] for one in cell.parts]) for key in keys}
-    text = f"{memory:,} are {mean['remembered']:,.0f} and {mean['memory_tokens']:,.0f} tokens in whole segments"
+    text = f"{memory:,}: with what fills whole segments {mean['remembered']:,.0f}, {mean['memory_tokens']:,.0f} tokens"
     if MEMORY_ON in cell.right and mean["within_memory"] < mean["remembered"] - 1:  # the first one is cut
         text += f", of which memory has room for the newest {mean['within_memory']:,.0f}: the others are forgotten"
     if LONGEST_WINDOW in cell.right:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,13 @@ class Past:
         stream: The memory.
         tokens: int64 `[lanes, P]`.
         forgotten: Tokens of each that memory has no room for any more.
+        read: What the backbone alone keeps of a lane from a place on, by both: the last it was asked for.
     """
 
     stream: Stream
     tokens: Tensor
     forgotten: int
+    read: dict[tuple[int, int], DynamicCache] = field(default_factory=dict)
 
 
 def longest_window(config: Any, wanted: int | None) -> int:
@@ -241,7 +243,7 @@ class ModelScorer:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
         if LONGEST_WINDOW in conditions:
-            yield LONGEST_WINDOW, self._with_longest_window(past.tokens[lane], tokens, room)
+            yield LONGEST_WINDOW, self._with_longest_window(past, lane, tokens, room)
 
     def _read(self, past: Past, seen: Seen, condition: str, lane: int, other: int) -> Tensor:
         if condition == BACKBONE:
@@ -258,15 +260,18 @@ class ModelScorer:
             at_one_place=True,
         )
 
-    def _with_longest_window(self, before: Tensor, tokens: Tensor, room: int) -> Tensor:
+    def _with_longest_window(self, past: Past, lane: int, tokens: Tensor, room: int) -> Tensor:
         """The backbone alone with all that it can take before each row; what rows share is read once."""
-        kept = before[max(0, len(before) - max(0, self.longest - room)) :]
-        cache = DynamicCache(config=self.model.backbone.model.config)
-        if len(kept):
-            self.model.encode(kept[None], None, cache=cache)
+        start = max(0, past.tokens.shape[1] - max(0, self.longest - room))
+        if (lane, start) not in past.read:
+            past.read.clear()  # what is written after a past reads it again and again: the newest is enough
+            cache = DynamicCache(config=self.model.backbone.model.config)
+            if start < past.tokens.shape[1]:
+                self.model.encode(past.tokens[lane : lane + 1, start:], None, cache=cache)
+            past.read[lane, start] = cache
         found = []
         for row in tokens:
-            own = copy.deepcopy(cache)
+            own = copy.deepcopy(past.read[lane, start])
             found.append(self.model.backbone_hidden(self.model.encode(row[None], None, cache=own)))
             self.on_read(len(row))
         return torch.cat(found)

@@ -149,7 +149,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
@@ -163,7 +163,7 @@ def draw(plot: Lines | Heat, path: Path) -> None:
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # never over the lines
     else:
         numbers = np.array([[np.nan if value is None else value for value in row] for row in plot.values])
         image = axes.imshow(numbers, aspect="auto", cmap="viridis", vmin=plot.lowest, vmax=plot.highest)

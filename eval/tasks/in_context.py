@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from eval.demonstrations import Draw, Memory, Pool, pool_of
+from eval.demonstrations import Draw, Memory, Numbers, Pool, memory_tokens, pool_of, within_reach
 from eval.in_context_report import SHUFFLED, in_context_section
 from eval.labelled import FORMS, LabelledSet, read_set
 from eval.report import Section
@@ -36,13 +36,6 @@ def _known(sets: tuple[str, ...]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"there is no set {unknown[0]!r}; expected some of {', '.join(FORMS)}")
     return tuple(dict.fromkeys(names[one.casefold()] for one in sets))
-
-
-Numbers = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=10**6)], ...],
-    Field(min_length=1),
-    AfterValidator(lambda numbers: tuple(sorted(set(numbers)))),
-]
 
 
 class InContextOptions(TaskOptions):
@@ -139,7 +132,7 @@ class InContext(Task[InContextOptions]):
             "answers": answer(scorer, past, window, questions, asked_under),
             "memory_tokens": len(memory.lanes[OWN]),
             "remembered": len(memory.sizes),
-            "within_memory": memory.num_fitting(self._memory_tokens),
+            "within_memory": memory.num_fitting(memory_tokens(self.given)),
             "within_longest": memory.num_fitting(max(0, self.given.longest - longest_row)),
             "other": self._other(ask.set),
             "pool": {"size": len(pool.examples), "repeated": pool.num_repeated, "tested": pool.num_tested},
@@ -176,11 +169,6 @@ class InContext(Task[InContextOptions]):
         arrays = [np.array(one, dtype=np.int64) for one in asked]
         return Question(np.array(tokens), arrays, [len(one) - same for one in asked], example.label)
 
-    @property
-    def _memory_tokens(self) -> int:
-        memory = self.given.config.memory
-        return memory.tokens if memory.enabled else 0
-
     def _other(self, name: str) -> str | None:
         """The set that lends its demonstrations as other memory: the next one that is asked in another way, if any."""
         names = list(self._sets)
@@ -208,23 +196,21 @@ class InContext(Task[InContextOptions]):
             )
         asked = max(len(one) for question in self._questions[name] for one in question.asked)
         drawn = self._draw(name, seed)
-        longest = len(drawn.window(most)) + asked
+        context = self.given.config.backbone.context_tokens
+        longest = context + len(drawn.window(most)) + asked
         if 0 < self.given.longest < longest:
             raise EvaluationError(
                 f"a prompt of {name} with {most} demonstrations is too long",
-                got=f"{longest} tokens",
+                got=f"{longest} tokens, {context} of them left context",
                 expected=f"at most {self.given.longest}, the backbone's longest window",
                 do="lower --in_context.window_demonstrations",
             )
 
-        memory = drawn.memory(max(options.memory_demonstrations)) if seed == options.seeds[0] else None
-        if memory is not None and self._memory_tokens and sum(memory.sizes[:-1]) > self._memory_tokens:
+        room, most = memory_tokens(self.given), max(options.memory_demonstrations)
+        if seed == options.seeds[0] and room and sum((memory := drawn.memory(most)).sizes[:-1]) > room:
             logger.warning(
                 "%s: memory.tokens %d hold the newest %d of %d demonstrations; the others will be forgotten",
-                name,
-                self._memory_tokens,
-                memory.num_fitting(self._memory_tokens),
-                len(memory.sizes),
+                *(name, room, memory.num_fitting(room), len(memory.sizes)),
             )
 
     def _past(self, ask: Ask, scorer: Scorer) -> tuple[Draw, Memory, Any]:
@@ -233,11 +219,8 @@ class InContext(Task[InContextOptions]):
         if self._remembered is None or self._remembered[0] != key:
             drawn = self._draw(ask.set, ask.seed)
             memory = drawn.memory(ask.memory)
-            # What is beyond memory, the context of its first token, and the longest window, changes nothing.
-            reach = max(self._memory_tokens + self.given.config.backbone.context_tokens, self.given.longest)
-            read = -(-reach // scorer.segment_tokens) * scorer.segment_tokens
             self._remembered = None  # frees its memory
-            past = scorer.remember(*(lane[max(0, len(lane) - read) :] for lane in memory.lanes))
+            past = scorer.remember(*within_reach(self.given, memory.lanes))
             self._remembered = key, (drawn, memory, past)
         return self._remembered[1]
 

@@ -89,6 +89,7 @@ def test_a_scorer_that_knows_is_always_right(make, given):
     assert section.figures["accuracy"][0]["labels"] == {"negative": 5 / 8, "positive": 3 / 8}
     assert section.figures["accuracy"][0]["majority"] == 5 / 8
     text = markdown({}, {"in_context": section})
+    assert "0: with nothing in memory (d), (e) and (g) are (c), and (f) is (a)." in section.tables[1].note
     assert "negative 62.5%, positive 37.5%" in text and "8 of test.csv" in text
     assert any(line.startswith("(d)") and "only one set" in line for line in section.missing)
     assert [plot.name for plot in section.plots] == ["MR-2"]
@@ -310,6 +311,11 @@ def test_demands_that_cannot_be_met(make, given):
     short = Given(given.tokenizer, given.config, 30)
     with pytest.raises(EvaluationError, match="a prompt of MR with 2 demonstrations is too long; got: .* at most 30"):
         make(given=short).items()
+    fits = Given(given.tokenizer, given.config, 120)
+    assert make(given=fits).items()
+    with_context = Given(given.tokenizer, tiny_config(backbone={"context_tokens": 64}), 120)
+    with pytest.raises(EvaluationError, match="64 of them left context"):
+        make(given=with_context).items()
 
 
 def test_options_on_the_command_line():
