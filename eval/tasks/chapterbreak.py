@@ -65,7 +65,7 @@ class ChapterBreak(Task[ChapterBreakOptions]):
     name = "chapterbreak"
     options_class = ChapterBreakOptions
     # One token more than whole segments of 256: then rows repeat one token of context, not 256.
-    small: ClassVar[Mapping[str, Any]] = {"limit": 3, "contexts": (1025,)}
+    small: ClassVar[Mapping[str, Any]] = {"limit": 3, "contexts": (1025,), "suffix_tokens": 64}
     needs_data = True
 
     def items(self) -> Sequence[Item]:

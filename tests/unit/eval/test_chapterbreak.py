@@ -289,7 +289,7 @@ def test_what_cannot_be_read_or_chosen_is_said(make, tokenizer):
 def test_several_values_are_named_with_commas(text, sizes):
     options, left = take_options([ChapterBreak], ["--chapterbreak.contexts", text], data=["x=1"], limit="small")
     assert options["chapterbreak"].model_dump() == {
-        **ChapterBreakOptions(data=("x=1",), limit=ChapterBreak.small["limit"]).model_dump(),
+        **ChapterBreakOptions(data=("x=1",), **ChapterBreak.small).model_dump(),
         "contexts": sizes,
     }
     assert left == []
