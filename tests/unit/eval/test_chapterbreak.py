@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eval.chapterbreak_report import AtSize, by_rule, share_of_right
 from eval.model_scorer import ModelScorer
 from eval.options import take_options
 from eval.scorer import CONDITIONS, MEMORY_ON, OTHER_MEMORY, Row
 from eval.task import Given
-from eval.tasks.chapterbreak import ChapterBreak, ChapterBreakOptions
+from eval.tasks.chapterbreak.report import AtSize, by_rule, share_of_right
+from eval.tasks.chapterbreak.task import ChapterBreak, ChapterBreakOptions
 from pipeline.errors import DataError
 from pipeline.model.longmem import LongMem, build
 from tests.oracle_scorer import OracleScorer

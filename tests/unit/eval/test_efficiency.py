@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from eval.cost import Cost, exponent, read_in_segments, read_with_full_attention, slope
-from eval.efficiency_report import FORWARD, FULL, LONGMEM, TRAINING, efficiency_section
 from eval.model_scorer import ModelScorer
 from eval.report import Lines
 from eval.runner import EvaluationError
 from eval.scorer import MEMORY_ON, How
 from eval.task import Given
-from eval.tasks import efficiency
-from eval.tasks.efficiency import Efficiency, EfficiencyOptions, expected
+from eval.tasks.efficiency import task as efficiency
+from eval.tasks.efficiency.cost import Cost, exponent, read_in_segments, read_with_full_attention, slope
+from eval.tasks.efficiency.report import FORWARD, FULL, LONGMEM, TRAINING, efficiency_section
+from eval.tasks.efficiency.task import Efficiency, EfficiencyOptions, expected
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.memory.room import Room
 from pipeline.model.longmem import LongMem, build

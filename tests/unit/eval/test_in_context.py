@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from eval.demonstrations import Draw, pool_of
-from eval.in_context_report import SHUFFLED, how_right, in_context_section
 from eval.labelled import FORMS, read_set
 from eval.options import take_options
 from eval.report import markdown
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, LONGEST_WINDOW, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY, WINDOW_ONLY
 from eval.task import Given
-from eval.tasks.in_context import AT_ONCE, InContext, InContextOptions
+from eval.tasks.in_context.report import SHUFFLED, how_right, in_context_section
+from eval.tasks.in_context.task import AT_ONCE, InContext, InContextOptions
 from pipeline.errors import ConfigError, DataError
 from tests.labelled_files import write_set
 from tests.oracle_scorer import OracleScorer

@@ -7,7 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from eval.passkey import (
+from eval.runner import EvaluationError
+from eval.scorer import BACKBONE, CONDITIONS, LONGEST_WINDOW, MEMORY_ON, OTHER_MEMORY
+from eval.task import Given
+from eval.tasks.recall.passkey import (
     GARBAGE,
     LARGEST_KEY,
     QUESTION,
@@ -18,11 +21,8 @@ from eval.passkey import (
     keys,
     most_digits,
 )
-from eval.read_again import GENERATED, made_up, of_store, place_of_second, read_once, read_twice
-from eval.runner import EvaluationError
-from eval.scorer import BACKBONE, CONDITIONS, LONGEST_WINDOW, MEMORY_ON, OTHER_MEMORY
-from eval.task import Given
-from eval.tasks.recall import Recall, RecallOptions
+from eval.tasks.recall.read_again import GENERATED, made_up, of_store, place_of_second, read_once, read_twice
+from eval.tasks.recall.task import Recall, RecallOptions
 from pipeline.data.store import TokenStore
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError

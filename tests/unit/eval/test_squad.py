@@ -12,9 +12,9 @@ import pytest
 from eval.report import markdown
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, CONDITIONS, LONGEST_WINDOW, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY
-from eval.squad_file import exact_match, f1, normalised, read_passages
 from eval.task import Given
-from eval.tasks.squad import Squad, SquadOptions
+from eval.tasks.squad.file import exact_match, f1, normalised, read_passages
+from eval.tasks.squad.task import Squad, SquadOptions
 from pipeline.errors import ConfigError, DataError
 from tests.oracle_scorer import OracleScorer
 from tests.tiny_config import tiny_config

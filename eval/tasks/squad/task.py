@@ -17,9 +17,9 @@ from eval.labelled import as_compared
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, MEMORY_OFF, MEMORY_ON, Scorer, Tokens
-from eval.squad_file import Passage, Question, read_passages
-from eval.squad_report import squad_section
 from eval.task import Given, Item, Scores, Task, TaskOptions
+from eval.tasks.squad.file import Passage, Question, read_passages
+from eval.tasks.squad.report import squad_section
 from pipeline.config.kinds import Count
 from pipeline.errors import ConfigError
 

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from eval.cost import Cost, cost_of, read_in_segments, read_with_full_attention
-from eval.efficiency_report import FORWARD, FULL, LABELS, TRAINING, efficiency_section
 from eval.model_scorer import ModelScorer
-from eval.read_again import made_up
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import Scorer
 from eval.task import Given, Item, Scores, Task, TaskOptions
+from eval.tasks.efficiency.cost import Cost, cost_of, read_in_segments, read_with_full_attention
+from eval.tasks.efficiency.report import FORWARD, FULL, LABELS, TRAINING, efficiency_section
+from eval.tasks.recall.read_again import made_up
 from pipeline.config.kinds import Count, Factor
 from pipeline.config.kinds import Tokens as TokenCount
 from pipeline.distributed.ranks import world_size

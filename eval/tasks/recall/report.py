@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from eval.controls import compare, missing
-from eval.passkey import LARGEST_KEY, MAX_TOKENS
 from eval.report import Heat, Lines, Section, Table
 from eval.scorer import LABELS, LONGEST_WINDOW, MEMORY_OFF, MEMORY_ON
 from eval.statistics import interval
 from eval.task import Scores
+from eval.tasks.recall.passkey import LARGEST_KEY, MAX_TOKENS
 
 HEATS = (MEMORY_ON, MEMORY_OFF, LONGEST_WINDOW)
 

@@ -15,8 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from eval.chapterbreak_files import Example, read_examples
-from eval.chapterbreak_report import report
 from eval.report import Section
 from eval.scorer import (
     BACKBONE,
@@ -31,6 +29,8 @@ from eval.scorer import (
     split,
 )
 from eval.task import Item, Scores, Task, TaskOptions
+from eval.tasks.chapterbreak.files import Example, read_examples
+from eval.tasks.chapterbreak.report import report
 from pipeline.config.kinds import Count
 from pipeline.config.kinds import Tokens as TokenCount
 from pipeline.errors import DataError

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
-from eval.passkey import MAX_TOKENS, Passkey, PasskeyMaker, first_integer, is_decided, keys, most_digits
-from eval.read_again import Source, made_up, of_store, place_of_second, read_once, read_twice
-from eval.recall_report import recall_section
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import OTHER_MEMORY, How, Scorer, Tokens, split
 from eval.task import Given, Item, Scores, Task, TaskOptions
+from eval.tasks.recall.passkey import MAX_TOKENS, Passkey, PasskeyMaker, first_integer, is_decided, keys, most_digits
+from eval.tasks.recall.read_again import Source, made_up, of_store, place_of_second, read_once, read_twice
+from eval.tasks.recall.report import recall_section
 from pipeline.config.kinds import Count, Fraction
 from pipeline.config.kinds import Tokens as TokenCount
 from pipeline.data.store import TokenStore, check_tokenizer

@@ -15,12 +15,12 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from eval.demonstrations import Draw, Memory, Numbers, Pool, memory_tokens, pool_of, within_reach
-from eval.in_context_report import SHUFFLED, in_context_section
 from eval.labelled import FORMS, LabelledSet, read_set
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY, Row, Scorer, Tokens
 from eval.task import Given, Item, Scores, Task, TaskOptions
+from eval.tasks.in_context.report import SHUFFLED, in_context_section
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 16

@@ -10,8 +10,8 @@ import numpy as np
 from eval.controls import Comparison, compare
 from eval.report import Lines, Section, Table
 from eval.scorer import BACKBONE, CONDITIONS, LABELS, LONGEST_WINDOW, MEMORY_ON, OTHER_MEMORY, WINDOW_ONLY
-from eval.squad_file import exact_match, f1
 from eval.task import Scores
+from eval.tasks.squad.file import exact_match, f1
 
 FIGURES: Mapping[str, Callable[[str, Sequence[str]], float]] = {"exact match": exact_match, "F1": f1}
 AS_WITHOUT: Mapping[str, str] = {OTHER_MEMORY: MEMORY_ON, WINDOW_ONLY: MEMORY_ON, LONGEST_WINDOW: BACKBONE}

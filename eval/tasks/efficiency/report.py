@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.cost import Cost, exponent, slope
 from eval.report import Lines, Section, Table
+from eval.tasks.efficiency.cost import Cost, exponent, slope
 
 FULL, LONGMEM = "full_attention", "longmem"
 LABELS = {FULL: "backbone, full attention", LONGMEM: "LongMem"}

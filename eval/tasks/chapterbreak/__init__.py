@@ -1,0 +1,5 @@
+"""The task `chapterbreak`."""
+
+from eval.tasks.chapterbreak.task import ChapterBreak
+
+__all__ = ["ChapterBreak"]
