@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import lm_eval.models  # noqa: F401
+import lm_eval.models  # noqa: F401  (fills the registry)
 import numpy as np
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
@@ -59,7 +59,6 @@ class Writing:
         return cls(tuple(stop for stop in wanted["until"] if stop), wanted["max_gen_toks"])
 
 
-@register_model("longmem")
 class LongMemLM(TemplateLM):
     """A model that reads what is too long for it into memory.
 
@@ -311,3 +310,7 @@ class LongMemLM(TemplateLM):
                 f"{forgotten:,}",
             )
         return past
+
+
+if "longmem" not in model_registry:  # a version of the harness that finds entry points has it already
+    model_registry.register("longmem", target=LongMemLM)

@@ -259,7 +259,7 @@ class LongMem:
 
     @torch.no_grad()
     def likeliest(self, hidden: Tensor) -> Tensor:
-        """The likeliest token at each place, int64 `[N]` of `[N, E]`; `loss_piece_tokens` logits at once. As `losses`."""
+        """The likeliest token at each place, int64 `[N]` for `[N, E]`, a piece at a time; collective as `losses`."""
         with self.backbone.head_parameters() as (weight, bias):
             head = Head(weight, bias, self._softcap)
             return torch.cat([head.logits(piece).argmax(-1) for piece in hidden.split(self.settings.loss_piece_tokens)])
