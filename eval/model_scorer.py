@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,13 @@ class Past:
         stream: The memory.
         tokens: int64 `[lanes, P]`.
         forgotten: Tokens of each that memory has no room for any more.
+        windows: What the backbone's longest window has read of it last, by lane and number of tokens.
     """
 
     stream: Stream
     tokens: Tensor
     forgotten: int
+    windows: dict[tuple[int, int], DynamicCache] = field(default_factory=dict)
 
 
 def longest_window(config: Any, wanted: int | None) -> int:
@@ -237,7 +239,7 @@ class ModelScorer:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
         if LONGEST_WINDOW in conditions:
-            yield LONGEST_WINDOW, self._with_longest_window(past.tokens[lane], tokens)
+            yield LONGEST_WINDOW, self._with_longest_window(past, lane, tokens)
 
     def _read(self, past: Past, seen: Seen, condition: str, lane: int, other: int) -> Tensor:
         if condition == BACKBONE:
@@ -254,12 +256,17 @@ class ModelScorer:
             at_one_place=True,
         )
 
-    def _with_longest_window(self, before: Tensor, tokens: Tensor) -> Tensor:
+    def _with_longest_window(self, past: Past, lane: int, tokens: Tensor) -> Tensor:
         """The backbone alone with all that it can take before each row; what rows share is read once."""
+        before = past.tokens[lane]
         kept = before[max(0, len(before) - max(0, self.longest - tokens.shape[1])) :]
-        cache = DynamicCache(config=self.model.backbone.model.config)
-        if len(kept):
-            self.model.encode(kept[None], None, cache=cache)
+        cache = past.windows.get((lane, len(kept)))
+        if cache is None:
+            cache = DynamicCache(config=self.model.backbone.model.config)
+            if len(kept):
+                self.model.encode(kept[None], None, cache=cache)
+            past.windows.clear()
+            past.windows[lane, len(kept)] = cache
         found = []
         for row in tokens:
             own = copy.deepcopy(cache)
