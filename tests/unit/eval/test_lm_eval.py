@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from safetensors.torch import save_file
 
 pytest.importorskip("lm_eval")
 
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from eval.adapters.lm_eval import LongMemLM
 from eval.adapters.loading import load, take_arguments
@@ -32,7 +29,7 @@ from pipeline.backbone.backbone import identity
 from pipeline.backbone.load import load_backbone
 from pipeline.config.load import dump_config
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.model.longmem import build
 from tests.oracle_scorer import OracleScorer
 from tests.tiny_run import tiny_run
@@ -239,7 +236,10 @@ def test_what_is_not_greedy_is_refused_before_anything_is_read(tokenizer, way):
     ("given", "words"),
     [
         ({}, "pretrained is missing"),
-        ({"pretrained": "x", "conditon": "memory_on"}, "conditon is no argument of longmem.*did you mean condition"),
+        (
+            {"pretrained": "x", "conditions": "memory_on"},
+            "conditions is no argument of longmem.*did you mean condition",
+        ),
         ({"pretrained": "x", "tokens_at_once": 0}, "tokens_at_once is no number of tokens; got: 0"),
         ({"pretrained": "x", "max_length": 9}, "max_length is no argument of longmem.*do: leave it out"),
     ],
@@ -281,64 +281,6 @@ def test_a_context_longer_than_memory_is_told_of_once(untrained, caplog):
     assert f"its first {forgotten} are forgotten" in told[0]
 
 
-@pytest.fixture
-def chapters(tmp_path):
-    """ChapterBreak with a beginning that an oracle knows, as published and one level flatter."""
-    item = {"ctx": BOOK * 4, "pos": "GOOD " + BOOK * 3, "negs": [f"CHAPTER {n} {BOOK}" for n in range(5)]}
-    (tmp_path / "nested.json").write_text(json.dumps({"pg19": {"A": [item]}, "ao3": {"B": [item, item]}}))
-    (tmp_path / "flat.json").write_text(json.dumps({"A": [item], "B": [item, item]}))
-    return tmp_path
-
-
-def evaluated(model, task, **metadata):
-    manager = TaskManager(include_path=FOLDER, include_defaults=False, metadata=metadata)
-    return simple_evaluate(model, tasks=[task], task_manager=manager, bootstrap_iters=0)["results"][task]
-
-
-@pytest.mark.parametrize("name", ["nested.json", "flat.json"])
-def test_chapters_are_known_by_their_beginning(chapters, tokenizer, name):
-    good = tokenizer.encode("\n\nGOOD")
-
-    def knows(before, token, condition):
-        return 0.5 if before[-len(good) - 20 :].count(good[-1]) or token in good else 1.0
-
-    metadata = {"chapterbreak": str(chapters / name), "tokenizer": tokenizer.name_or_path, "suffix_tokens": 12}
-    model = LongMemLM(OracleScorer(knows, segment_tokens=SEGMENT), tokenizer)
-    found = evaluated(model, "longmem_chapterbreak", context_tokens=40, **metadata)
-    assert found["acc_mean,none"] == found["acc_sum,none"] == 1.0
-    blind = LongMemLM(OracleScorer(lambda before, token, condition: 0.0), tokenizer)
-    assert evaluated(blind, "longmem_chapterbreak", **metadata)["acc_mean,none"] == pytest.approx(1 / 6)
-
-
-def test_contexts_are_cut_on_the_left_and_suffixes_on_the_right(chapters, tokenizer):
-    rows = local.chapterbreak(str(chapters / "flat.json"), tokenizer.name_or_path, context_tokens=40, suffix_tokens=12)[
-        "test"
-    ]
-    assert len(rows) == 3
-    assert (BOOK * 4).endswith(rows[0]["context"])
-    assert len(tokenizer.encode(rows[0]["context"])) == 40
-    assert ("GOOD " + BOOK).startswith(rows[0]["choices"][0])
-    assert rows[0]["num_tokens"] == [12] * 6
-
-
-def test_mean_and_sum_choose_differently_and_ties_are_shared():
-    doc = {"num_tokens": [4, 2, 2]}
-    assert local.chosen(doc, [(-4.0, False), (-3.0, False), (-5.0, False)]) == {"acc_mean": 1.0, "acc_sum": 0.0}
-    assert local.chosen(doc, [(-2.0, False), (-1.0, False), (-9.0, False)]) == {"acc_mean": 0.5, "acc_sum": 0.0}
-
-
-def test_books_are_normalised_by_their_words_and_bytes(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text(BOOK)
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": BOOK * 2}) + "\n")
-    model = LongMemLM(OracleScorer(segment_tokens=SEGMENT), tokenizer)  # a nat a token
-    found = evaluated(model, "longmem_books", books=str(tmp_path))
-    nats = len(tokenizer.encode(BOOK)) + len(tokenizer.encode(BOOK * 2))
-    words = sum(len(text.split()) for text in (BOOK + " ", BOOK * 2 + " "))
-    assert found["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / (3 * len(BOOK)))
-    assert found["word_perplexity,none"] == pytest.approx(math.exp(nats / words), rel=0.1)
-    assert len(local.books(str(tmp_path / "a.txt"), 10)["test"][0]["text"]) == 10
-
-
 def test_the_harness_s_command_line_knows_longmem(untrained, tmp_path, monkeypatch, capsys):
     (tmp_path / "book.txt").write_text(BOOK)
     words = ["--model", "longmem", "--model_args", f"pretrained={untrained},condition=memory_off,memory.tokens=48"]
@@ -350,7 +292,7 @@ def test_the_harness_s_command_line_knows_longmem(untrained, tmp_path, monkeypat
     (path,) = (tmp_path / "out").rglob("results_*.json")
     config = json.loads(path.read_text())["config"]
     assert (config["longmem_condition"], config["longmem_memory"]["tokens"]) == (MEMORY_OFF, 48)
-    monkeypatch.setattr("sys.argv", ["lm_eval", *words, "--model_args", "conditon=memory_on"])
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words, "--model_args", "conditions=memory_on"])
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "error: --model_args has 1 problem(s)" in capsys.readouterr().err
@@ -360,25 +302,6 @@ def test_without_the_harness_the_command_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match="lm_eval.*do: pip install -r requirements-lm-eval.txt"):
         main()
-
-
-def test_files_of_another_kind_are_refused(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="does not know its books; do: add --metadata"):
-        local.books()
-    with pytest.raises(DataError, match="does not know its chapterbreak"):
-        local.chapterbreak(tokenizer="x")
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match="nothing to score"):
-        local.books(str(tmp_path / "empty.txt"))
-    for text, words in [
-        ("[1]", "nothing to score"),
-        ("{", "cannot be read"),
-        ('{"A": [{"ctx": "a"}]}', r"got: .*\['ctx'\]; expected"),
-        ('{"A": "b"}', "got: .*str; expected"),
-    ]:
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match=words):
-            local.chapterbreak(str(tmp_path / "x.json"), tokenizer.name_or_path)
 
 
 def test_tasks_of_ruler_run_without_network(untrained, monkeypatch):
