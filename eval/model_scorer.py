@@ -25,6 +25,7 @@ from eval.scorer import (
     OTHER_MEMORY,
     WINDOW_ONLY,
     How,
+    Likelihood,
     Losses,
     Row,
     Tokens,
@@ -124,19 +125,27 @@ class ModelScorer:
         found: dict[str, list[Losses]] = {name: [] for name in conditions}
         room = max(len(row.tokens) for row in rows)
         for part in self._batches([row.tokens for row in rows]):
-            targets = torch.full((len(part.numbers), part.tokens.shape[1]), IGNORED, device=self.model.device)
-            for target, number in zip(targets, part.numbers, strict=True):
-                row = rows[number]
-                assert 0 < row.num_scored < len(row.tokens), "the first token of a row has nothing before it"
-                end = len(row.tokens) - 1
-                scored = torch.from_numpy(row.tokens[-row.num_scored :])
-                target[end - row.num_scored : end] = scored.to(target)
+            targets = part.targets(rows)
             for name, hidden in self._hidden(past, part.tokens, conditions, lane, other, room):
-                losses = part.of_all_ranks(self.model.losses(hidden, targets), self)
-                for number, of_row in losses.items():
-                    row = rows[number]
-                    end = len(row.tokens) - 1
-                    found[name].append(of_row[end - row.num_scored : end].double().cpu().numpy())
+                found[name] += part.scored(self.model.losses(hidden, targets), rows, self)
+        return found
+
+    @torch.no_grad()
+    def likelihoods(
+        self, past: Past, rows: Sequence[Row], condition: str, *, lane: int = 0, other: int = 1
+    ) -> list[Likelihood]:
+        """As in `Scorer`; logits are made for the scored tokens only."""
+        found: list[Likelihood] = []
+        room = max(len(row.tokens) for row in rows)
+        for part in self._batches([row.tokens for row in rows]):
+            targets = part.targets(rows)
+            counted = targets != IGNORED
+            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other, room):
+                wanted, right = hidden[counted], targets[counted]
+                values = torch.zeros(*targets.shape, 2, device=hidden.device)  # loss, and whether it is the likeliest
+                values[counted, 0] = self.model.losses(wanted[None], right[None])[0]
+                values[counted, 1] = (self.model.likeliest(wanted) == right).float()
+                found += [Likelihood(one[:, 0], bool(one[:, 1].all())) for one in part.scored(values, rows, self)]
         return found
 
     @torch.no_grad()
@@ -296,6 +305,20 @@ class _Batch:
     numbers: Sequence[int]
     all_numbers: Sequence[int]
     tokens: Tensor
+
+    def targets(self, rows: Sequence[Row]) -> Tensor:
+        """Of this rank's rows, int64 `[B, T]`; IGNORED where nothing is scored."""
+        targets = torch.full_like(self.tokens, IGNORED)
+        for target, number in zip(targets, self.numbers, strict=True):
+            row = rows[number]
+            assert 0 < row.num_scored < len(row.tokens), "the first token of a row has nothing before it"
+            target[row.scored] = torch.from_numpy(row.tokens[-row.num_scored :]).to(target)
+        return targets
+
+    def scored(self, values: Tensor, rows: Sequence[Row], scorer: ModelScorer) -> list[Any]:
+        """Values `[B, T, ...]` at the scored places of the group's rows, float64 `[num_scored, ...]`. Collective."""
+        found = self.of_all_ranks(values, scorer)
+        return [of_row[rows[number].scored].double().cpu().numpy() for number, of_row in found.items()]
 
     def of_all_ranks(self, values: Tensor, scorer: ModelScorer) -> dict[int, Tensor]:
         """What the ranks of the group found for their rows, by number. Collective for the group."""

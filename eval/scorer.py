@@ -40,6 +40,24 @@ class Row:
     tokens: Tokens
     num_scored: int
 
+    @property
+    def scored(self) -> slice:
+        """The places that predict what is scored."""
+        return slice(len(self.tokens) - 1 - self.num_scored, len(self.tokens) - 1)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model thinks of the scored tokens of a row.
+
+    Attributes:
+        losses: Nats, float64 `[num_scored]`.
+        is_likeliest: Whether each of them is the likeliest one at its place: what greedy decoding would write.
+    """
+
+    losses: Losses
+    is_likeliest: bool
+
 
 @dataclass(frozen=True)
 class How:
@@ -94,6 +112,23 @@ class Scorer(Protocol):
 
         Returns:
             By condition, of each row: nats, float64 `[num_scored]`.
+        """
+        ...
+
+    def likelihoods(
+        self, past: Any, rows: Sequence[Row], condition: str, *, lane: int = 0, other: int = 1
+    ) -> list[Likelihood]:
+        """As `losses` under one condition, and whether the scored tokens are what the model itself would write.
+
+        Args:
+            past: As in `losses`.
+            rows: As in `losses`.
+            condition: Under what.
+            lane: As in `losses`.
+            other: As in `losses`.
+
+        Returns:
+            Of each row.
         """
         ...
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.scorer import CONDITIONS, OTHER_MEMORY, How, Losses, Row, Tokens
+from eval.scorer import CONDITIONS, OTHER_MEMORY, How, Likelihood, Losses, Row, Tokens
 
 Knows = Callable[[list[int], int, str], float]
 """Loss in nats of a token that follows a text, under a condition."""
@@ -66,6 +66,20 @@ class OracleScorer:
                 )
                 for row in rows
             ]
+        return found
+
+    def likelihoods(
+        self, past: Any, rows: Sequence[Row], condition: str, *, lane: int = 0, other: int = 1
+    ) -> list[Likelihood]:
+        """As in `Scorer`; the likeliest tokens are those that it writes."""
+        losses = self.losses(past, rows, [condition], lane=lane, other=other)[condition]
+        found = []
+        for row, one in zip(rows, losses, strict=True):
+            prompt, wanted = row.tokens[: -row.num_scored], row.tokens[-row.num_scored :].tolist()
+            (written,) = self.greedy(
+                past, [prompt], condition, max_tokens=len(wanted), is_done=lambda _: False, lane=lane, other=other
+            )
+            found.append(Likelihood(one, written == wanted))
         return found
 
     def greedy(

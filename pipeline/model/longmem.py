@@ -257,6 +257,13 @@ class LongMem:
         with self.backbone.head_parameters() as (weight, bias):
             return Head(weight, bias, self._softcap).logits(hidden)
 
+    @torch.no_grad()
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """The likeliest token at each place, int64 `[N]` for `[N, E]`, a piece at a time; collective as `losses`."""
+        with self.backbone.head_parameters() as (weight, bias):
+            head = Head(weight, bias, self._softcap)
+            return torch.cat([head.logits(piece).argmax(-1) for piece in hidden.split(self.settings.loss_piece_tokens)])
+
     @property
     def _softcap(self) -> float | None:
         return getattr(self.backbone.model.config, "final_logit_softcapping", None)
