@@ -36,6 +36,7 @@ from pipeline.config.schema import Config, TrainConfig
 from pipeline.data.lanes import Segment
 from pipeline.data.stdlib import collect
 from pipeline.memory.bank import MemoryBank
+from pipeline.metrics.peak import forget_peak, peak_bytes
 from pipeline.metrics.phases import PhaseTimer
 from pipeline.model.longmem import LongMem
 from pipeline.model.stream import Stream
@@ -133,12 +134,14 @@ def trainer_for(model: LongMem, engine: object, train: TrainConfig, tokens: np.n
 
 def peak_mib(build: Callable[[], Trainer]) -> float:
     """Largest resident memory while a trainer is built and does two steps, MiB; what came before does not count."""
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far (loading the model)
+    host = torch.device("cpu")
+    forget_peak(host)
     trainer = build()
     for step in (1, 2):
         trainer.step(step)
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    peak = peak_bytes(host)
+    assert peak is not None, "only Linux says what the peak was"
+    return peak / 2**20
 
 
 def measure_peak(arguments: argparse.Namespace, profile: str, size: int) -> float:

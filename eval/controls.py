@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.report import Table
 from eval.scorer import CONDITIONS, LABELS, MEMORY_ON
-from eval.statistics import Interval, interval
+from eval.statistics import Interval, Numbers, interval
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
         }
 
 
-def compare(sums: Mapping[str, Sequence[float]], sizes: Sequence[float] | None = None) -> Comparison:
+def compare(sums: Mapping[str, Numbers], sizes: Numbers | None = None) -> Comparison:
     """Compares conditions, the items of which are the same ones in the same order.
 
     Args:

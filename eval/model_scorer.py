@@ -47,13 +47,13 @@ class Past:
         stream: The memory.
         tokens: int64 `[lanes, P]`.
         forgotten: Tokens of each that memory has no room for any more.
-        windows: What the backbone's longest window has read of it last, by lane and number of tokens.
+        read: What the backbone alone keeps of a lane from a place on, by both: the last it was asked for.
     """
 
     stream: Stream
     tokens: Tensor
     forgotten: int
-    windows: dict[tuple[int, int], DynamicCache] = field(default_factory=dict)
+    read: dict[tuple[int, int], DynamicCache] = field(default_factory=dict)
 
 
 def longest_window(config: Any, wanted: int | None) -> int:
@@ -123,9 +123,10 @@ class ModelScorer:
     ) -> dict[str, list[Losses]]:
         """As in `Scorer`."""
         found: dict[str, list[Losses]] = {name: [] for name in conditions}
+        room = max(len(row.tokens) for row in rows)
         for part in self._batches([row.tokens for row in rows]):
             targets = part.targets(rows)
-            for name, hidden in self._hidden(past, part.tokens, conditions, lane, other):
+            for name, hidden in self._hidden(past, part.tokens, conditions, lane, other, room):
                 found[name] += part.scored(self.model.losses(hidden, targets), rows, self)
         return found
 
@@ -135,10 +136,11 @@ class ModelScorer:
     ) -> list[Likelihood]:
         """As in `Scorer`; logits are made for the scored tokens only."""
         found: list[Likelihood] = []
+        room = max(len(row.tokens) for row in rows)
         for part in self._batches([row.tokens for row in rows]):
             targets = part.targets(rows)
             counted = targets != IGNORED
-            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other):
+            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other, room):
                 wanted, right = hidden[counted], targets[counted]
                 values = torch.zeros(*targets.shape, 2, device=hidden.device)  # loss, and whether it is the likeliest
                 values[counted, 0] = self.model.losses(wanted[None], right[None])[0]
@@ -162,6 +164,7 @@ class ModelScorer:
         """As in `Scorer`."""
         written: list[list[int]] = [[] for _ in prompts]
         open_rows = list(range(len(prompts)))
+        room = max(len(prompt) for prompt in prompts) + max_tokens
         while open_rows:
             texts, tried = [], []
             for number in open_rows:
@@ -169,7 +172,7 @@ class ModelScorer:
                 done = written[number]
                 tried.append(guess[len(done) : max_tokens - 1] if guess[: len(done)] == done else [])
                 texts.append(np.array([*prompts[number], *done, *tried[-1]], dtype=np.int64))
-            chosen = self._choices(past, texts, [len(one) for one in tried], condition, lane, other)
+            chosen = self._choices(past, texts, [len(one) for one in tried], condition, lane, other, room)
             for number, guess, choice in zip(open_rows, tried, chosen, strict=True):
                 for place, token in enumerate(choice):
                     written[number].append(token)
@@ -196,12 +199,19 @@ class ModelScorer:
         )
 
     def _choices(
-        self, past: Past, texts: Sequence[Tokens], num_tried: Sequence[int], condition: str, lane: int, other: int
+        self,
+        past: Past,
+        texts: Sequence[Tokens],
+        num_tried: Sequence[int],
+        condition: str,
+        lane: int,
+        other: int,
+        room: int,
     ) -> list[list[int]]:
         """The likeliest token at each of the last `num_tried + 1` places of every text."""
         found: list[list[int]] = []
         for part in self._batches(texts):
-            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other):
+            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other, room):
                 most = max(num_tried[number] for number in part.all_numbers) + 1
                 last = torch.tensor([len(texts[number]) - 1 for number in part.numbers], device=hidden.device)
                 places = (last[:, None] - torch.arange(most - 1, -1, -1, device=hidden.device)).clamp_min(0)
@@ -226,9 +236,12 @@ class ModelScorer:
             yield _Batch(own, numbers, tokens.to(device))
 
     def _hidden(
-        self, past: Past, tokens: Tensor, conditions: Sequence[str], lane: int, other: int
+        self, past: Past, tokens: Tensor, conditions: Sequence[str], lane: int, other: int, room: int
     ) -> Iterator[tuple[str, Tensor]]:
-        """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`."""
+        """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`.
+
+        The longest window keeps so much `room` for a row, however many rows there are at once and however long.
+        """
         num_rows, place = len(tokens), past.tokens.shape[1]
         ordinary = [name for name in conditions if name != LONGEST_WINDOW]
         if ordinary:
@@ -239,7 +252,7 @@ class ModelScorer:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
         if LONGEST_WINDOW in conditions:
-            yield LONGEST_WINDOW, self._with_longest_window(past, lane, tokens)
+            yield LONGEST_WINDOW, self._with_longest_window(past, lane, tokens, room)
 
     def _read(self, past: Past, seen: Seen, condition: str, lane: int, other: int) -> Tensor:
         if condition == BACKBONE:
@@ -256,20 +269,18 @@ class ModelScorer:
             at_one_place=True,
         )
 
-    def _with_longest_window(self, past: Past, lane: int, tokens: Tensor) -> Tensor:
+    def _with_longest_window(self, past: Past, lane: int, tokens: Tensor, room: int) -> Tensor:
         """The backbone alone with all that it can take before each row; what rows share is read once."""
-        before = past.tokens[lane]
-        kept = before[max(0, len(before) - max(0, self.longest - tokens.shape[1])) :]
-        cache = past.windows.get((lane, len(kept)))
-        if cache is None:
+        start = max(0, past.tokens.shape[1] - max(0, self.longest - room))
+        if (lane, start) not in past.read:
+            past.read.clear()  # what is written after a past reads it again and again: the newest is enough
             cache = DynamicCache(config=self.model.backbone.model.config)
-            if len(kept):
-                self.model.encode(kept[None], None, cache=cache)
-            past.windows.clear()
-            past.windows[lane, len(kept)] = cache
+            if start < past.tokens.shape[1]:
+                self.model.encode(past.tokens[lane : lane + 1, start:], None, cache=cache)
+            past.read[lane, start] = cache
         found = []
         for row in tokens:
-            own = copy.deepcopy(cache)
+            own = copy.deepcopy(past.read[lane, start])
             found.append(self.model.backbone_hidden(self.model.encode(row[None], None, cache=own)))
             self.on_read(len(row))
         return torch.cat(found)

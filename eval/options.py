@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -27,7 +27,8 @@ def take_options(
 
     Args:
         tasks: The tasks.
-        rest: `--section.key value` or `--section.key=value`, of tasks and of the run.
+        rest: `--section.key value` or `--section.key=value`, of tasks and of the run; `--key` alone where only one of
+            the tasks has such an option.
         data: `PATH` for the only task that has data, `TASK=PATH` otherwise.
         limit: A number of items, `small`, or None.
 
@@ -54,6 +55,10 @@ def take_options(
             if not equals:
                 value = arguments.pop(0) if arguments else ""
             values[section][key.replace("-", "_")] = _value(value)
+        elif argument.startswith("--") and not key and len(owners := _owners(tasks, section)) == 1:
+            if not equals:
+                value = arguments.pop(0) if arguments else ""
+            values[owners[0]][section.replace("-", "_")] = _value(value)
         elif section in all_tasks():
             problems.append(f"{name} is an option of a task that is not evaluated; do: add {section} to --task")
         else:
@@ -95,6 +100,11 @@ def _data(tasks: Sequence[type[Task[Any]]], data: Sequence[str], problems: list[
     return found
 
 
+def _owners(tasks: Sequence[type[Task[Any]]], key: str) -> list[str]:
+    """The tasks that alone may be asked with `--KEY`, without their name: those that have such an option."""
+    return [task.name for task in tasks if key.replace("-", "_") in task.options_class.model_fields]
+
+
 def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -102,10 +112,20 @@ def _value(text: str) -> Any:
         return text
 
 
+def _as_tuple(value: Any) -> Any:
+    """Several values: with commas between them, in YAML's brackets, or only one."""
+    if isinstance(value, str):
+        value = [_value(one) for one in value.split(",")]
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 def _validated(task: type[Task[Any]], values: Mapping[str, Any], problems: list[str]) -> TaskOptions | None:
-    lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    fields = task.options_class.model_fields
+    listed = {name for name, field in fields.items() if get_origin(field.annotation) is tuple}
     try:
-        return task.options_class.model_validate(lists)
+        return task.options_class.model_validate(
+            {name: _as_tuple(value) if name in listed else value for name, value in values.items()}
+        )
     except ValidationError as error:
         for one in error.errors():
             key = ".".join(str(part) for part in one["loc"])

@@ -147,8 +147,9 @@ def draw(plot: Lines | Heat, path: Path) -> None:
     """Draws a plot into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
@@ -156,9 +157,13 @@ def draw(plot: Lines | Heat, path: Path) -> None:
         for number, (label, (places, values)) in enumerate(plot.lines.items()):
             axes.plot(places, values, label=label, marker="osD^vP*X"[number % 8], markersize=4)
         if plot.log_x:
+            ticks = sorted({place for places, _ in plot.lines.values() for place in places})
             axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # never over the lines
     else:
         numbers = np.array([[np.nan if value is None else value for value in row] for row in plot.values])
         image = axes.imshow(numbers, aspect="auto", cmap="viridis", vmin=plot.lowest, vmax=plot.highest)

@@ -94,7 +94,7 @@ class Scorer(Protocol):
             *lanes: int64 `[any]` each; may be empty.
 
         Returns:
-            The past.
+            The past; its `forgotten` says how many tokens of each text memory has no room for.
         """
         ...
 

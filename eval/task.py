@@ -75,12 +75,14 @@ class Task(ABC, Generic[AnyOptions]):
         options_class: Its options.
         small: Options of `--limit small`: an answer within two minutes on two cores.
         needs_data: Whether it has none by itself.
+        deterministic: Whether its scores are the same whenever and by however many ranks they are found; times are not.
     """
 
     name: ClassVar[str]
     options_class: ClassVar[type[TaskOptions]] = TaskOptions
     small: ClassVar[Mapping[str, Any]] = {"limit": 4}
     needs_data: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
 
     def __init__(self, options: AnyOptions, given: Given) -> None:
         self.options, self.given = options, given

@@ -40,7 +40,7 @@ def run(config: Config) -> None:
 
 def _train(config: Config, signals: Signals) -> Ended:
     # Loaded after the settings are known to be right: these imports take seconds.
-    from eval.tasks.perplexity import check_evaluation, evaluate
+    from eval.while_training import check_evaluation, evaluate
     from pipeline.distributed.ranks import rank
     from pipeline.training.build import build_run
     from pipeline.training.engines import end_distributed

@@ -69,7 +69,7 @@ def finish_runs(configs: Sequence[tuple[Path, int]], num_runs: int, *, num_busy:
 
 
 def _main(num_runs: int, words: Sequence[str]) -> None:
-    for name in (*PRELOADED, "launch.train", "eval.tasks.perplexity"):
+    for name in (*PRELOADED, "launch.train", "eval.while_training"):
         importlib.import_module(name)
     for number in range(num_runs):
         path, _, num_ranks = words[number % len(words)].rpartition(":")

@@ -15,6 +15,12 @@ Writes = Callable[[list[int], str], list[int]]
 """What is written after a text, under a condition."""
 
 
+class Texts(list[list[int]]):
+    """What was read, by lane."""
+
+    forgotten = 0
+
+
 class OracleScorer:
     """Answers by rules instead of a model.
 
@@ -42,7 +48,7 @@ class OracleScorer:
         """The texts themselves, cut as the protocol says."""
         self.num_remembered += 1
         length = min(len(lane) for lane in lanes) // self.segment_tokens * self.segment_tokens
-        return [list(map(int, lane[len(lane) - length :])) for lane in lanes]
+        return Texts(list(map(int, lane[len(lane) - length :])) for lane in lanes)
 
     def losses(
         self, past: Any, rows: Sequence[Row], conditions: Sequence[str], *, lane: int = 0, other: int = 1

@@ -1,235 +1,253 @@
-"""Perplexity of held-out documents: the same tokens by the backbone alone, without, with and with foreign memory."""
+"""Perplexity of documents read in order, by token, word and byte, under every control, by length and by place."""
 
 from __future__ import annotations
 
-import logging
-import time
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from eval.held_out import DocumentLosses, PerplexityReport, summarise
-from eval.in_step import in_step
-from eval.model_scorer import ModelScorer
-from eval.report import Section, Table
-from eval.runner import Progress, run
-from eval.scorer import OTHER_MEMORY, How, Scorer, Tokens
+from eval.controls import Comparison, compare, missing
+from eval.documents import check_segments, in_pairs, of_data, read_in_pairs
+from eval.report import Lines, Section, Table
+from eval.scorer import BACKBONE, CONDITIONS, LABELS, MEMORY_OFF, MEMORY_ON, How, Losses, Scorer
+from eval.statistics import Float64Array
 from eval.task import Item, Scores, Task, TaskOptions
 from pipeline.config.kinds import Count, TokensOrZero
 from pipeline.config.kinds import Tokens as TokenCount
-from pipeline.config.schema import Config
 from pipeline.config.world import held_out_lanes
-from pipeline.data.held_out import held_out_documents
-from pipeline.data.store import TokenStore
-from pipeline.distributed.groups import MemoryGroup
-from pipeline.distributed.ranks import gather_objects
 from pipeline.errors import ConfigError
-from pipeline.model.longmem import LongMem
 
-logger = logging.getLogger(__name__)
+MEMORY_OF, WINDOW_OF = "memory of ", "window of "
+PLACES = 16
 
 
 class PerplexityOptions(TaskOptions):
     """How documents are read and scored."""
 
+    split: str = "validation"
+    """Of a token store or of a data set on the hub; files have none."""
     documents: Count = 8
     """Documents used."""
     context_tokens: TokensOrZero = 4096
     """Tokens of each document read into memory before any is scored."""
-    scored_tokens: TokenCount = 1024
-    """Tokens scored in each document, after the context."""
+    scored_tokens: TokenCount | None = 1024
+    """Tokens scored in each document, after the context; null: all to its end."""
+    memory_tokens: tuple[TokensOrZero, ...] = ()
+    """Sweep: how far back memory reaches, each at most memory.tokens."""
+    window_tokens: tuple[TokensOrZero, ...] = ()
+    """Sweep: the recent window that is read whole, each at most memory.tokens."""
+    buckets: tuple[Count, ...] = (5_000, 10_000, 100_000, 500_000, 1_000_000)
+    """Lengths of documents, in tokens, that part the table by length; by default those of PG-22 (Wang et al. 2023)."""
+    words: Count | None = None
+    """Words of all that is scored, as published; null: counted, between white space."""
 
 
 class Perplexity(Task[PerplexityOptions]):
-    """Held-out documents of the run, or others."""
+    """Held-out documents of the run, or others, in order."""
 
     name = "perplexity"
     options_class = PerplexityOptions
     small: ClassVar[Mapping[str, Any]] = {"documents": 4, "context_tokens": 3072, "scored_tokens": 512}
 
     def items(self) -> Sequence[Item]:
-        """Documents of the store's validation split, by pairs that lend each other their memories."""
-        options = self.options
-        check_segments(options.context_tokens, options.scored_tokens, self.given.config.train.segment_tokens, self.name)
-        path = options.data[0] if options.data else self.given.config.data.path
-        store = TokenStore.open(path, "validation")
-        self.num_tokens = options.context_tokens + options.scored_tokens
-        at_once = held_out_lanes(options.documents, num_groups=1)  # the same items on any number of ranks
-        found = document_items(store, count=options.documents, num_tokens=self.num_tokens, at_once=at_once)
-        return found[: options.limit]
+        """Documents, by pairs that lend each other their memories."""
+        options, config = self.options, self.given.config
+        segment, scored = config.train.segment_tokens, options.scored_tokens
+        check_segments(options.context_tokens, scored, segment, self.name)
+        self._check_sweeps()
+        count = min(options.documents, options.limit or options.documents)
+        found = of_data(
+            options.data or (config.data.path,),
+            self.given.tokenizer,
+            split=options.split,
+            count=count,
+            num_tokens=None if scored is None else options.context_tokens + scored,
+            min_tokens=options.context_tokens + (segment if scored is None else scored),
+        )
+        if scored is None:
+            found = sorted(found, key=lambda one: one.length)  # partners of much the same length
+        return in_pairs(found, at_once=held_out_lanes(options.documents, num_groups=1))
 
     def score(self, item: Item, scorer: Scorer) -> Scores:
-        """Per-token losses of some documents."""
+        """Sums of losses of each document: by segment, and by place in a segment."""
         hows = {name: How(name) for name in scorer.conditions}
-        return score_documents(item, scorer, self.options.context_tokens, self.num_tokens, hows)
+        if MEMORY_ON in scorer.conditions:
+            hows |= {f"{MEMORY_OF}{n:,}": How(MEMORY_ON, memory_tokens=n) for n in self.options.memory_tokens}
+            hows |= {f"{WINDOW_OF}{n:,}": How(MEMORY_ON, window_tokens=n) for n in self.options.window_tokens}
+        scores = {}
+        for one, losses, count in read_in_pairs(item.content, scorer, self.options.context_tokens, hows):
+            scored = one.tokens[self.options.context_tokens + 1 :]
+            text = self.given.tokenizer.decode(scored.tolist(), clean_up_tokenization_spaces=False)
+            counted = np.arange(len(next(iter(losses.values())))) < count
+            scores[str(one.number)] = {
+                "source": one.source,
+                "tokens_of_document": one.length,
+                "words": len(text.split()),
+                "bytes": len(text.encode("utf-8")),
+                "num_tokens": count,
+                "counts": _sums(counted.astype(float), counted, scorer.segment_tokens),
+                "losses": {name: _sums(values, counted, scorer.segment_tokens) for name, values in losses.items()},
+            }
+        return scores
 
     def report(self, scores: Mapping[str, Scores]) -> Section:
-        """Means over tokens."""
-        documents = losses_of(scores)
-        report = summarise(
-            documents,
-            context_tokens=self.options.context_tokens,
-            segment_tokens=self.given.config.train.segment_tokens,
-            seconds=float("nan"),
-        )
-        rows = [[name, f"{one.loss_nats:.4f}", f"{one.perplexity:.2f}"] for name, one in report.conditions.items()]
+        """Means over tokens, and where they come from."""
+        documents = [one for item in scores.values() for one in item.values()]
+        names = list(documents[0]["losses"])
+        names = [name for name in names if all(name in one["losses"] for one in documents)]
+        totals = {name: np.array([sum(one["losses"][name]["by_segment"]) for one in documents]) for name in names}
+        sizes = np.array([float(one["num_tokens"]) for one in documents])
+        compared = compare(totals, sizes)
+        words = self.options.words or sum(one["words"] for one in documents)
+        num_bytes = sum(one["bytes"] for one in documents)
+        conditions = [name for name in names if name in CONDITIONS]
+        tables = [
+            _main_table(compared, conditions, totals, words, num_bytes),
+            *self._sweep_tables(compared),
+            _by_length(documents, totals, sizes, conditions, self.options.buckets),
+        ]
+        num_words = f"{words:,} words {'as published' if self.options.words else 'counted between white space'}"
         return Section(
-            "Perplexity of held-out documents",
-            f"{report.num_documents} documents, {report.num_tokens:,} tokens scored after {report.context_tokens:,}.",
-            [Table("Held-out tokens", ["condition", "loss, nats", "perplexity"], rows)],
-            figures=report.to_dict(),
+            "Perplexity of documents read in order",
+            f"{len(documents)} documents, {int(sizes.sum()):,} tokens ({num_words}, {num_bytes:,} bytes) scored, each "
+            f"document after {self.options.context_tokens:,} tokens that were only read. Every condition scores the "
+            f"same tokens. Intervals: 95 %, bootstrap over documents.{self._forgotten()}",
+            tables,
+            [plot for plot in (*self._sweep_plots(compared), *_curves(documents, conditions)) if plot.lines],
+            missing(conditions),
+            {**compared.to_dict(), "documents": len(documents), "tokens": int(sizes.sum()), "words": words}
+            | {"bytes": num_bytes, "perplexity": {name: _exp(one.mean) for name, one in compared.means.items()}}
+            | {"word_perplexity": {name: _exp(total.sum() / words) for name, total in totals.items()}}
+            | {"bits_per_byte": {name: total.sum() / num_bytes / math.log(2) for name, total in totals.items()}},
         )
 
+    def _check_sweeps(self) -> None:
+        memory = self.given.config.memory
+        most = memory.tokens if memory.enabled else 0
+        for name in ("memory_tokens", "window_tokens"):
+            largest = max(getattr(self.options, name), default=0)
+            if largest > most:
+                raise ConfigError(
+                    [
+                        f"perplexity.{name} asks for more than memory holds; got: {largest} and memory.tokens {most}; "
+                        f"do: add --memory.tokens {largest}"
+                    ]
+                )
 
-def evaluate(
-    model: LongMem,
-    store: TokenStore,
-    config: Config,
-    *,
-    group: MemoryGroup,
-    progress: bool = False,
-    conditions: Sequence[str] | None = None,
-) -> PerplexityReport:
-    """Scores held-out documents under up to six conditions, all on exactly the same tokens.
+    def _forgotten(self) -> str:
+        memory, context = self.given.config.memory, self.options.context_tokens
+        if not memory.enabled or context <= memory.tokens:
+            return ""
+        return f" Memory holds {memory.tokens:,} tokens: at least {context - memory.tokens:,} were forgotten."
 
-    Of each document the first `evaluation.context_tokens` are read into memory, segment by segment, and the next
-    `evaluation.scored_tokens` are scored and read in. The conditions of a scored segment: `backbone` alone with the
-    same window (context and segment); `memory_off`, the SideNet without memory; `memory_on`, with the document's own
-    past; `other_memory`, with its own recent window and what is retrieved from another held-out document, equally long;
-    `window_only`, where nothing is retrieved: what retrieval is worth is `memory_on` against that. Then
-    `longest_window`, the backbone alone with the longest ordinary window that it takes: the honest rival. Documents go
-    two by two, in the order of the store, and borrow of each other; the last of an odd number borrows the first's.
+    def _sweep_tables(self, compared: Comparison) -> list[Table]:
+        tables = []
+        for kind, title in ((MEMORY_OF, "By tokens of memory"), (WINDOW_OF, "By tokens of the recent window")):
+            names = [name for name in compared.means if name.startswith(kind)]
+            rows = [
+                [name, compared.means[name].text("{:.4f}"), f"{_exp(compared.means[name].mean):.2f}"] for name in names
+            ]
+            if names:
+                read = self.options.context_tokens + (self.options.scored_tokens or 0)
+                note = f"Of {read:,} tokens of a document at most." if self.options.scored_tokens else ""
+                tables.append(Table(title, ["memory on with", "nats a token [95 %]", "perplexity"], rows, note))
+        return tables
 
-    Each document has a lane of a bank of its own, made here and split over the ranks of a memory group, which read in
-    turn as in training: training memory is not touched. So `memory.scope` `group` is read as `lane`, and `document` is
-    the same as `lane` (but for `other_memory`, where the borrowed chunks are visible on purpose).
-
-    Collective: every rank must call it.
-
-    Args:
-        model: The model.
-        store: The held-out split.
-        config: The run's settings.
-        group: This rank's memory group; the documents are dealt to all of them.
-        progress: Whether this rank shows a progress bar.
-        conditions: Some of `CONDITIONS`; None: all that the model has. `other_memory` is left out, with a warning,
-            where there is only one document, and `longest_window` where `evaluation.backbone_window_tokens` is 0.
-
-    Returns:
-        The report, the same on all ranks.
-
-    Raises:
-        ConfigError: Context or scored tokens are not whole segments.
-        DataError: No document is long enough.
-    """
-    begun = time.perf_counter()
-    scored = score(model, store, config, group=group, progress=progress, conditions=conditions)
-    return summarise(
-        scored,
-        context_tokens=config.evaluation.context_tokens,
-        segment_tokens=config.train.segment_tokens,
-        seconds=max(gather_objects(time.perf_counter() - begun)),
-    )
+    def _sweep_plots(self, compared: Comparison) -> list[Lines]:
+        plots = []
+        for kind, what, sizes in (
+            (MEMORY_OF, "memory", self.options.memory_tokens),
+            (WINDOW_OF, "window", self.options.window_tokens),
+        ):
+            places = sorted({size for size in sizes if size})
+            values = [
+                _exp(compared.means[f"{kind}{size:,}"].mean) for size in places if f"{kind}{size:,}" in compared.means
+            ]
+            lines = {"memory on": (places, values)} if values else {}
+            for name in (MEMORY_OFF, BACKBONE) if lines else ():
+                lines[LABELS[name]] = (places, [_exp(compared.means[name].mean)] * len(places))
+            title = f"Perplexity by tokens of {what}"
+            plots.append(Lines(f"by-{what}", title, f"tokens of {what}", "perplexity", lines, log_x=True))
+        return plots
 
 
-def score(
-    model: LongMem,
-    store: TokenStore,
-    config: Config,
-    *,
-    group: MemoryGroup,
-    progress: bool = False,
-    conditions: Sequence[str] | None = None,
-) -> list[DocumentLosses]:
-    """The losses behind `evaluate`, of all ranks; arguments and errors are the same. Collective."""
-    check_evaluation(config)
-    wanted = config.evaluation
-    num_tokens = wanted.context_tokens + wanted.scored_tokens
-    at_once = held_out_lanes(wanted.documents, num_groups=group.num_groups)
-    items = document_items(store, count=wanted.documents, num_tokens=num_tokens, at_once=at_once)
-    bar = Progress("evaluation" if progress else None)
-    with in_step(model) as (stepping, finish):
-        scorer = ModelScorer(stepping, group, longest=wanted.backbone_window_tokens, on_read=bar.read)
-        hows = {name: How(name) for name in conditions or scorer.conditions}
-        score_item = partial(
-            score_documents, scorer=scorer, context_tokens=wanted.context_tokens, num_tokens=num_tokens, hows=hows
+def _sums(values: Losses, counted: Any, segment: int) -> dict[str, list[float]]:
+    rows = np.where(counted, values, 0.0).reshape(-1, segment)
+    return {"by_segment": rows.sum(axis=1).tolist(), "by_place": rows.sum(axis=0).tolist()}
+
+
+def _exp(mean: float) -> float:
+    with np.errstate(over="ignore"):  # a diverged model has perplexity inf
+        return float(np.exp(mean))
+
+
+def _main_table(
+    compared: Comparison, conditions: Sequence[str], totals: Mapping[str, Float64Array], words: int, num_bytes: int
+) -> Table:
+    rows = []
+    for name in conditions:
+        mean, total = compared.means[name], totals[name].sum()
+        rows.append(
+            [
+                LABELS[name],
+                mean.text("{:.4f}"),
+                f"{_exp(mean.mean):.2f}",
+                f"{_exp(total / words):.2f}",
+                f"{total / num_bytes / math.log(2):.4f}",
+                compared.differences[name].text("{:+.4f}") if name in compared.differences else "-",
+            ]
         )
-        return losses_of(run(items, score_item, group, finish=finish, progress=bar))
+    columns = ["condition", "nats a token [95 %]", "perplexity", "a word", "bits a byte", "(c) minus this [95 %]"]
+    note = "Perplexity a word is exp(all nats / all words), as PG-19 is reported (Rae et al. 2020)."
+    return Table("Held-out text", columns, rows, note)
 
 
-def check_evaluation(config: Config) -> None:
-    """Checks what an evaluation needs of the settings; also worth a call before a long training run.
-
-    Args:
-        config: The run's settings.
-
-    Raises:
-        ConfigError: Context or scored tokens are not whole segments.
-    """
-    wanted = config.evaluation
-    check_segments(wanted.context_tokens, wanted.scored_tokens, config.train.segment_tokens, "evaluation")
-
-
-def check_segments(context_tokens: int, scored_tokens: int, segment: int, section: str) -> None:
-    """Raises ConfigError: context or scored tokens are not whole segments."""
-    problems = []
-    for name, tokens in (("context_tokens", context_tokens), ("scored_tokens", scored_tokens)):
-        if tokens % segment:
-            below = tokens // segment * segment
-            nearest = f"{below} or {below + segment}" if below else f"{segment}"
-            problems.append(
-                f"{section}.{name} is not a multiple of train.segment_tokens; got: {tokens} and {segment}; "
-                f"do: set {section}.{name} to {nearest}"
-            )
-    if problems:
-        raise ConfigError(problems)
+def _by_length(
+    documents: Sequence[Mapping[str, Any]],
+    totals: Mapping[str, Float64Array],
+    sizes: Float64Array,
+    conditions: Sequence[str],
+    buckets: Sequence[int],
+) -> Table:
+    """Perplexity by length of the whole document; a length that no document has is not shown."""
+    edges = [0, *sorted(buckets)]
+    lengths = np.array([one["tokens_of_document"] for one in documents])
+    rows = []
+    for low, high in zip(edges, [*edges[1:], None], strict=True):
+        inside = (lengths >= low) & (True if high is None else lengths < high)
+        if inside.any():
+            label = f"{low:,} and more" if high is None else f"{low:,} to {high:,}"
+            means = [f"{_exp(totals[name][inside].sum() / sizes[inside].sum()):.2f}" for name in conditions]
+            rows.append([label, *means, str(int(inside.sum()))])
+    heads = [LABELS[name] for name in conditions]
+    return Table("Perplexity by length of the document", ["tokens", *heads, "documents"], rows)
 
 
-def document_items(store: TokenStore, *, count: int, num_tokens: int, at_once: int) -> list[Item]:
-    """Held-out documents, two by two, so many an item. Raises DataError: none is long enough.
-
-    The content of an item are documents' numbers and their tokens, `num_tokens` and one more where there is one; a
-    document that only lends its memory has the number None.
-    """
-    documents = held_out_documents(store, count=count, min_tokens=num_tokens)
-    if len(documents) == 1:
-        logger.warning("there is only one held-out document: the memory of another one is not tried")
-    rows: list[tuple[int | None, Tokens]] = [
-        (document, store.tokens(document, 0, num_tokens + 1)) for document in documents
+def _curves(documents: Sequence[Mapping[str, Any]], conditions: Sequence[str]) -> list[Lines]:
+    """Loss against place in the document, a point a segment; and against place in the segment (a cold start)."""
+    by_segment: dict[str, Any] = {}
+    by_place: dict[str, Any] = {}
+    for name in conditions:
+        found = [one["losses"][name] for one in documents]
+        means = _means([one["by_segment"] for one in found], [one["counts"]["by_segment"] for one in documents])
+        by_segment[LABELS[name]] = (list(range(1, len(means) + 1)), means)
+        segment = len(found[0]["by_place"])
+        each = math.gcd(segment, PLACES) if segment % PLACES else PLACES
+        pieces = [np.array(one["by_place"]).reshape(-1, each).sum(axis=1).tolist() for one in found]
+        counts = [np.array(one["counts"]["by_place"]).reshape(-1, each).sum(axis=1).tolist() for one in documents]
+        means = _means(pieces, counts)
+        by_place[LABELS[name]] = ([each * (at + 0.5) for at in range(len(means))], means)
+    return [
+        Lines("by-document", "Loss by place in the document", "scored segment", "nats a token", by_segment),
+        Lines("by-segment", "Loss by place in the segment", "token of the segment", "nats a token", by_place),
     ]
-    if len(rows) % 2 and len(rows) > 1:
-        rows.append((None, rows[0][1]))
-    parts = [rows[at : at + at_once] for at in range(0, len(rows), at_once)]
-    return [Item(" ".join(str(number) for number, _ in part if number is not None), part) for part in parts]
 
 
-def score_documents(
-    item: Item, scorer: Scorer, context_tokens: int, num_tokens: int, hows: Mapping[str, How]
-) -> Scores:
-    """Reads the documents of an item; of each the losses of all scored tokens by name of how it was read."""
-    texts = [tokens for _, tokens in item.content]
-    if len(texts) == 1:
-        hows = {name: how for name, how in hows.items() if how.condition != OTHER_MEMORY}
-    losses = scorer.follow(texts, first_scored=context_tokens, num_tokens=num_tokens, hows=hows)
-    return {
-        str(document): {
-            "losses": {name: of_row[row].tolist() for name, of_row in losses.items()},
-            "num_predicted": min(len(tokens) - 1, num_tokens) - context_tokens,
-        }
-        for row, (document, tokens) in enumerate(item.content)
-        if document is not None
-    }
-
-
-def losses_of(scores: Mapping[str, Scores]) -> list[DocumentLosses]:
-    """The documents of all items."""
-    found = []
-    for item in scores.values():
-        for document, one in item.items():
-            losses = {name: np.array(values) for name, values in one["losses"].items()}
-            counts = np.zeros(len(next(iter(losses.values()))))
-            counts[: one["num_predicted"]] = 1
-            found.append(DocumentLosses(int(document), losses, counts))
-    return found
+def _means(sums: Sequence[Sequence[float]], counts: Sequence[Sequence[float]]) -> list[float]:
+    """Means over documents, place by place, as far as there is a token to count."""
+    longest = max(len(one) for one in sums)
+    total = np.sum([np.pad(one, (0, longest - len(one))) for one in sums], axis=0)
+    number = np.sum([np.pad(one, (0, longest - len(one))) for one in counts], axis=0)
+    return [float(one / many) for one, many in zip(total, number, strict=True) if many]

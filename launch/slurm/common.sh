@@ -2,7 +2,7 @@
 #
 #   train CONFIG RUN [SETTING...]    trains; requeues the job until train.steps is reached
 #   sweep CONFIG RUN [SETTING...]    trains in RUN/N with the settings in SWEEP[N], N being the number in the array
-#   evaluate RUN [SETTING...]        evaluates a finished run anew, with other evaluation settings
+#   evaluate MODEL [ARGUMENT...]     evaluates a run, a checkpoint or an export; goes on from the items that are done
 #
 # They read CONTAINER and MOUNTS of the script. After every attempt a line is written to RUN.attempts.
 
@@ -38,13 +38,9 @@ sweep() {
 }
 
 evaluate() {
-  local run="$1"
+  local model="$1"
   shift
-  # launch/train.py would otherwise go on with the training.
-  [[ -f "$run/status.json" && "$(said "$run" step)" == "$(said "$run" steps)" ]] ||
-    fail "$run is not trained to its end (status.json: step $(said "$run" step) of $(said "$run" steps))" \
-      "do: evaluate it when launch/status.py says finished"
-  start launch/train.py --config "$run/config.yaml" --run.output_dir "$run" "$@" --run.resume auto
+  start launch/evaluate.py --model "$model" "$@"
 }
 
 # Runs a Python program in every task, and returns the highest of their exit codes.

@@ -161,6 +161,17 @@ class Backbone(nn.Module):
             self._mask_documents = None
 
     @contextmanager
+    def keeping_nothing(self) -> Iterator[None]:
+        """Inside, the last tap is all that is kept: what an ordinary model costs can be measured."""
+        kept = self.tap_points, self.call_layers, self.memory_layers
+        self.tap_points, self.call_layers, self.memory_layers = (len(self.layers),), (), ()
+        try:
+            yield
+        finally:
+            self.tap_points, self.call_layers, self.memory_layers = kept
+            self._taps.clear()
+
+    @contextmanager
     def head_parameters(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Makes the LM head whole inside: weight `[V, E]`, bias `[V]` or None. Collective if partitioned."""
         with self.made_whole(list(self.head.parameters())):
@@ -207,7 +218,8 @@ class Backbone(nn.Module):
 
     def _on_projection(self, layer: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._projected[layer, name] = output
+            if layer in self.memory_layers:
+                self._projected[layer, name] = output
 
         return hook
 

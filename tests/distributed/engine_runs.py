@@ -23,7 +23,7 @@ def train_one(
     config: Config, *, evaluated: bool = True, prepare: Callable[[Any], None] | None = None
 ) -> tuple[Any, list[dict[str, Any]], int]:
     """Builds and trains; every rank gets the run, the lines of metrics.jsonl and the number of evaluations."""
-    from eval.tasks.perplexity import evaluate
+    from eval.while_training import evaluate
     from pipeline.distributed.ranks import barrier
     from pipeline.metrics.record import read_metrics
     from pipeline.training.build import build_run

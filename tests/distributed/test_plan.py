@@ -37,7 +37,7 @@ READS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 def two_engines(config: Config) -> dict[str, Any]:
     """Trains three steps, evaluates, and trains a fourth; the bytes that this rank holds, those that its engines sent
     in the third, and those that its reads sent in the fourth."""
-    from eval.tasks.perplexity import evaluate
+    from eval.while_training import evaluate
     from pipeline.training.build import build_run
     from tests.distributed.engine_runs import partitioned_bytes
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval import while_training
 from eval.held_out import DocumentLosses, PerplexityReport, summarise
-from eval.tasks import perplexity
-from eval.tasks.perplexity import evaluate
+from eval.while_training import evaluate
 from pipeline.config.schema import Config
 from pipeline.data.store import TokenStore
 from pipeline.distributed.groups import MemoryGroup
@@ -132,7 +132,7 @@ def documents_summarised() -> Iterator[list[DocumentLosses]]:
         return summarise(documents, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perplexity, "summarise", summarising)
+        patch.setattr(while_training, "summarise", summarising)
         yield found
 
 

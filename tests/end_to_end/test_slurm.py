@@ -147,26 +147,28 @@ def test_two_nodes_train_together(unbroken: Job, expected: list[float]) -> None:
     assert unbroken.cluster.job(unbroken.number)["Restarts"] == "0"
 
 
-def test_a_finished_run_is_evaluated_anew(unbroken: Job, cluster: SlurmCluster, tmp_path: Path) -> None:
-    before = json.loads((unbroken.run / "evaluation.json").read_text())
-    trained = losses(unbroken.run), (unbroken.run / "checkpoints" / "latest").stat().st_mtime_ns
-    script = edited("evaluate.sbatch", tmp_path / "evaluate.sbatch", RUN=unbroken.run)
+def test_a_run_is_evaluated(unbroken: Job, cluster: SlurmCluster, tmp_path: Path) -> None:
+    script = edited("evaluate.sbatch", tmp_path / "evaluate.sbatch", MODEL=unbroken.run)
     options = (*TWO_NODES, "--cpus-per-task=1", f"--output={tmp_path / 'log'}")
-    number = cluster.submit(script, "--evaluation.scored_tokens", "16", options=options, cwd=ROOT)
-    job = Job(cluster, number, unbroken.run, tmp_path / "log")
+    documents = ("--perplexity.documents", "2", "--perplexity.context_tokens", "32", "--perplexity.scored_tokens", "32")
+    output = tmp_path / "evaluation"
+    arguments = ("--task", "perplexity", "--output", str(output), *documents)
+    job = Job(cluster, cluster.submit(script, *arguments, options=options, cwd=ROOT), unbroken.run, tmp_path / "log")
     assert job.wait_for_end()["JobState"] == "COMPLETED", job.log.read_text()
-    after = json.loads((unbroken.run / "evaluation.json").read_text())
-    assert (before["settings"]["scored_tokens"], after["settings"]["scored_tokens"]) == (32, 16)
-    assert trained == (losses(unbroken.run), (unbroken.run / "checkpoints" / "latest").stat().st_mtime_ns)
-    assert after["step"] == STEPS
+    # The run's own evaluation read the same tokens.
+    trained = json.loads((unbroken.run / "evaluation.json").read_text())["conditions"]
+    found = json.loads((output / "report.json").read_text())["tasks"]["perplexity"]["figures"]["means"]
+    assert found.keys() == trained.keys()
+    for name, mean in found.items():
+        assert mean["mean"] == pytest.approx(trained[name]["loss_nats"], abs=1e-4)
 
 
-def test_an_unfinished_run_is_not_evaluated(cluster: SlurmCluster, tmp_path: Path) -> None:
-    script = edited("evaluate.sbatch", tmp_path / "evaluate.sbatch", RUN=tmp_path / "nothing")
+def test_what_is_no_model_is_not_evaluated(cluster: SlurmCluster, tmp_path: Path) -> None:
+    script = edited("evaluate.sbatch", tmp_path / "evaluate.sbatch", MODEL=tmp_path / "nothing")
     options = (*TWO_TASKS, "--cpus-per-task=1", f"--output={tmp_path / 'log'}")
     job = Job(cluster, cluster.submit(script, options=options, cwd=ROOT), tmp_path / "nothing", tmp_path / "log")
     assert job.wait_for_end()["JobState"] == "FAILED"
-    assert "is not trained to its end (status.json: step unknown of unknown)" in job.log.read_text()
+    assert "error: " in job.log.read_text() and "nothing" in job.log.read_text()
 
 
 def test_the_signal_before_the_time_limit(cluster, config, expected, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval.scorer import CONDITIONS
-from eval.tasks.perplexity import evaluate, score
+from eval.while_training import evaluate, score
 from pipeline.backbone.encoding import Encoding
 from pipeline.data.store import STORE_FEATURES, TokenStore, write_store
 from pipeline.data.tokenizer import TokenizerInfo

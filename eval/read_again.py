@@ -1,0 +1,139 @@
+"""Passages that are read again some tokens later, in held-out text or in text that is made up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.scorer import Tokens
+from pipeline.data.store import TokenStore
+from pipeline.errors import DataError
+
+GENERATED = "generated sentences"
+_ADJECTIVES = "old young tall quiet bitter golden hollow narrow distant careless silver frozen patient wooden"
+_NOUNS = (
+    "captain harbour letter garden widow lantern river teacher orchard soldier bridge miller forest merchant "
+    "tower daughter horse prisoner kitchen painter valley violin stranger doctor winter village island mirror"
+)
+_VERBS = "watched remembered followed painted found lost sold carried forgot visited feared repaired"
+_PLACES = "near behind above before beyond under beside without"
+_NAMES = "Anna Tobias Marguerite Henry Ludmila Oscar Beatrice Samuel Irene Gregor Clara Edmund"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where passages and what stands between their two readings come from.
+
+    Attributes:
+        name: For the reader of a report.
+        identity: The same for the same text.
+        passages: int64 `[P]` each.
+        filler: Text in which none of them stands, int64 `[any]`.
+    """
+
+    name: str
+    identity: str
+    passages: Sequence[Tokens]
+    filler: Tokens
+
+
+def place_of_second(distance: int, segment_tokens: int) -> int:
+    """Where a passage is read again, which is where a segment begins: the first one that leaves room for the first."""
+    return -(-distance // segment_tokens) * segment_tokens
+
+
+def read_once(passage: Tokens, filler: Tokens, *, segment_tokens: int) -> Tokens:
+    """A passage, and after it filler to the end of a segment; int64 `[any]`."""
+    return np.concatenate([passage, np.resize(filler, -len(passage) % segment_tokens)])
+
+
+def read_twice(passage: Tokens, filler: Tokens, *, distance: int, segment_tokens: int) -> Tokens:
+    """A text in which a passage is read again.
+
+    Args:
+        passage: int64 `[P]`.
+        filler: What stands before the first reading, between both and after the second; repeated where it ends.
+        distance: Tokens from the beginning of the first reading to that of the second; at least `P`.
+        segment_tokens: Tokens of a segment.
+
+    Returns:
+        int64 `[place_of_second + P]`, made whole segments.
+    """
+    lead = place_of_second(distance, segment_tokens) - distance
+    between = np.resize(filler, lead + distance - len(passage))
+    second = read_once(passage, filler, segment_tokens=segment_tokens)
+    return np.concatenate([between[:lead], passage, between[lead:], second])
+
+
+def of_store(store: TokenStore, *, num_passages: int, passage_tokens: int, filler_tokens: int) -> Source:
+    """Passages from the second halves of a split's documents, filler from the first halves.
+
+    Args:
+        store: The split.
+        num_passages: How many.
+        passage_tokens: `P`.
+        filler_tokens: Tokens of filler; there are fewer where first halves end.
+
+    Returns:
+        The source; passages are of as many documents as there are.
+
+    Raises:
+        DataError: The documents are too short.
+    """
+    halves = [int(length) // 2 for length in store.lengths]
+    places = [
+        (document, halves[document] + number * passage_tokens)
+        for number in range(max(halves) // passage_tokens)
+        for document in range(store.num_documents)
+        if (number + 1) * passage_tokens <= halves[document]
+    ]
+    if len(places) < num_passages:
+        raise DataError(
+            "held-out documents are too short for passages that are read again",
+            got=f"{store.path}: second halves with {len(places)} passages of {passage_tokens} tokens",
+            expected=f"{num_passages} passages",
+            do="lower recall.passages or recall.passage_tokens, or name another store with --data recall=STORE",
+        )
+    passages = [store.tokens(document, at, at + passage_tokens) for document, at in places[:num_passages]]
+    filler = np.zeros(0, dtype=np.int64)
+    for document, half in enumerate(halves):
+        filler = np.concatenate([filler, store.tokens(document, 0, min(half, filler_tokens - len(filler)))])
+        if len(filler) == filler_tokens:
+            break
+    return Source(f"held-out documents of {store.path}", store.identity[:12], passages, filler)
+
+
+def made_up(
+    tokenize: Callable[[str], list[int]], *, num_passages: int, passage_tokens: int, filler_tokens: int, seed: int
+) -> Source:
+    """Random sentences.
+
+    Args:
+        tokenize: A text's tokens.
+        num_passages: How many.
+        passage_tokens: `P`.
+        filler_tokens: Tokens of filler.
+        seed: Of the sentences.
+
+    Returns:
+        The source.
+    """
+    draw = random.Random(f"passages {seed}")
+    wanted, text = num_passages * passage_tokens + filler_tokens, np.zeros(0, dtype=np.int64)
+    while len(text) < wanted:
+        sentences = " ".join(_sentence(draw) for _ in range((wanted - len(text)) // 8 + 1))
+        text = np.concatenate([text, np.array(tokenize(" " + sentences), dtype=np.int64)])
+    passages = [text[at * passage_tokens :][:passage_tokens] for at in range(num_passages)]
+    return Source(GENERATED, "generated", passages, text[num_passages * passage_tokens : wanted])
+
+
+def _sentence(draw: random.Random) -> str:
+    def one_of(words: str) -> str:
+        return draw.choice(words.split())
+
+    start = draw.choice([f"The {one_of(_ADJECTIVES)} {one_of(_NOUNS)}", one_of(_NAMES), f"One {one_of(_NOUNS)}"])
+    end = draw.choice(["", f" {one_of(_PLACES)} the {one_of(_NOUNS)}", f" and the {one_of(_NOUNS)}"])
+    return f"{start} {one_of(_VERBS)} the {one_of(_ADJECTIVES)} {one_of(_NOUNS)}{end}."
