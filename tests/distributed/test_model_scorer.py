@@ -164,14 +164,35 @@ def test_a_row_without_a_past(alone):
     assert np.isfinite(found[MEMORY_ON][0]).all()
 
 
-def of_rank() -> tuple[Any, Any]:
+def likely(scorer: ModelScorer, condition: str) -> list[tuple[list[float], bool]]:
+    """The rows, and one that goes on as the model would write, which has another length."""
+    past = scorer.remember(TEXT[:PAST], OTHER[: PAST + 3])
+    prompt = OTHER[PAST : PAST + 6]
+    (own,) = scorer.greedy(past, [prompt], condition, max_tokens=5, is_done=lambda tokens: False)
+    found = scorer.likelihoods(past, [*rows(), Row(np.array([*prompt, *own]), len(own))], condition)
+    return [(one.losses.tolist(), one.is_likeliest) for one in found]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_likelihoods_are_losses_and_what_greedy_decoding_writes_is_likeliest(alone, scores, condition):
+    found = likely(alone, condition)
+    assert [is_likeliest for _, is_likeliest in found] == [False] * len(rows()) + [True]
+    if condition != LONGEST_WINDOW:  # the longer row leaves the others less of it
+        for (losses, _), expected in zip(found, scores[condition], strict=False):
+            np.testing.assert_allclose(losses, expected, atol=TOLERANCE)
+
+
+def of_rank() -> tuple[Any, Any, Any]:
     group = MemoryGroup.build(2, timeout_s=60)
     scorer = ModelScorer(model(), group, longest=LONGEST)
-    return scored(scorer), written(scorer, MEMORY_ON)
+    return scored(scorer), written(scorer, MEMORY_ON), likely(scorer, MEMORY_ON)
 
 
 def test_a_group_of_two_finds_the_same(scores, alone):
-    for losses, texts in run_ranks(of_rank, 2):
+    for losses, texts, likelihoods in run_ranks(of_rank, 2):
+        for (of_row, is_likeliest), (wanted, is_so_alone) in zip(likelihoods, likely(alone, MEMORY_ON), strict=True):
+            np.testing.assert_allclose(of_row, wanted, atol=TOLERANCE)
+            assert is_likeliest == is_so_alone
         for name in CONDITIONS:
             for one, expected in zip(losses[name], scores[name], strict=True):
                 np.testing.assert_allclose(one, expected, atol=TOLERANCE)

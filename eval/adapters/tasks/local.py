@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from eval.chapterbreak_files import read_examples
 from pipeline.data.files import find_files
 from pipeline.data.inputs import read_documents
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
-
-KEYS = ("ctx", "pos", "negs")
 
 
 def books(books: str | Sequence[str] | None = None, book_characters: int | None = None, **others: Any) -> Any:
@@ -62,12 +59,12 @@ def chapterbreak(
         DataError: The file cannot be read, or is in another format.
     """
     del others
-    path = Path(_named("chapterbreak", chapterbreak))
+    path = _named("chapterbreak", chapterbreak)
     measure = load_tokenizer(_named("tokenizer", tokenizer))
     rows = []
-    for item in _items(path):
-        cut = [_first(measure, text, suffix_tokens) for text in (item["pos"], *item["negs"])]
-        context = _last(measure, item["ctx"], context_tokens)
+    for example in read_examples([path], "all"):
+        cut = [_first(measure, text, suffix_tokens) for text in example.suffixes]
+        context = _last(measure, example.context, context_tokens)
         rows.append({"context": context, "choices": [text for text, _ in cut], "num_tokens": [n for _, n in cut]})
     return _test_split(rows, [path])
 
@@ -88,29 +85,10 @@ def _named(key: str, value: str | None) -> str:
     return value
 
 
-def _test_split(rows: Sequence[dict[str, Any]], paths: Sequence[str | Path]) -> Any:
+def _test_split(rows: Sequence[dict[str, Any]], paths: Sequence[str]) -> Any:
     if not rows:
-        raise DataError("there is nothing to score", got=", ".join(map(str, paths)), do="name files with text")
+        raise DataError("there is nothing to score", got=", ".join(paths), do="name files with text")
     return {"test": datasets.Dataset.from_list(list(rows))}
-
-
-def _items(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError("the file of ChapterBreak cannot be read", got=f"{path} ({error})") from error
-    levels = found.values() if isinstance(found, dict) else ()
-    works = [work for one in levels for work in (one.values() if isinstance(one, dict) else [one])]
-    for work in works:
-        for item in work if isinstance(work, list) else [work]:
-            if not isinstance(item, dict) or not set(KEYS) <= item.keys():
-                keys = sorted(item) if isinstance(item, dict) else type(item).__name__
-                raise DataError(
-                    "the file is not in ChapterBreak's format",
-                    got=f"{path}: {keys}",
-                    expected='{"pg19": {work: [{"ctx", "pos", "negs"}]}}, or {work: [...]} alone',
-                )
-            yield item
 
 
 def _first(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int) -> tuple[str, int]:

@@ -97,12 +97,6 @@ def test_files_of_another_kind_are_refused(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="nothing to score"):
         local.books(str(tmp_path / "empty.txt"))
-    for text, words in [
-        ("[1]", "nothing to score"),
-        ("{", "cannot be read"),
-        ('{"A": [{"ctx": "a"}]}', r"got: .*\['ctx'\]; expected"),
-        ('{"A": "b"}', "got: .*str; expected"),
-    ]:
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match=words):
-            local.chapterbreak(str(tmp_path / "x.json"), tokenizer.name_or_path)
+    (tmp_path / "x.json").write_text('{"A": [{"ctx": "a"}]}')
+    with pytest.raises(DataError, match="not one of ChapterBreak; got: .*keys ctx"):
+        local.chapterbreak(str(tmp_path / "x.json"), tokenizer.name_or_path)
