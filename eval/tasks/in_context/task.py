@@ -90,8 +90,8 @@ class InContext(Task[InContextOptions]):
     options_class = InContextOptions
     small: ClassVar[Mapping[str, Any]] = {
         "sets": ("SST-2", "MPQA"),
-        "window_demonstrations": (4,),
-        "memory_demonstrations": (0, 48),
+        "window_demonstrations": (2,),
+        "memory_demonstrations": (0, 32),
         "seeds": (1,),
         "limit": 8,
     }
