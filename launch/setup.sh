@@ -61,7 +61,7 @@ print_stamp() {
 is_ready() {
   [[ -x .venv/bin/python ]] && ! [[ -e .venv/longmem-unfinished ]] &&
     [[ "$(cat .venv/longmem-stamp 2>/dev/null)" == "$stamp" ]] &&
-    { ! $dev || [[ "$(cat .venv/longmem-stamp-dev 2>/dev/null)" == "$(sha256sum requirements-dev.txt)" ]]; }
+    { ! $dev || [[ "$(cat .venv/longmem-stamp-dev 2>/dev/null)" == "$(sha256sum requirements-dev.txt requirements-lm-eval.txt)" ]]; }
 }
 
 check_machine() {
@@ -103,7 +103,7 @@ install_all() {
   if $gpu; then .venv/bin/python -m pip uninstall --yes faiss-cpu; fi
   install -r "$requirements"
   install --no-deps -r requirements-backbone.txt
-  if $dev; then install -r requirements-dev.txt; fi
+  if $dev; then install -r requirements-dev.txt -r requirements-lm-eval.txt; fi
   # `pipeline` and `eval` can be imported from anywhere.
   echo "$PWD" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/longmem.pth"
 }
@@ -123,7 +123,7 @@ main() {
   install_all
   if $gpu; then : >.venv/longmem-gpu; fi
   print_stamp >.venv/longmem-stamp
-  if $dev; then sha256sum requirements-dev.txt >.venv/longmem-stamp-dev; fi
+  if $dev; then sha256sum requirements-dev.txt requirements-lm-eval.txt >.venv/longmem-stamp-dev; fi
   rm .venv/longmem-unfinished
   echo "setup: .venv is ready"
 }
