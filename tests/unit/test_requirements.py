@@ -8,7 +8,13 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ["requirements.txt", "requirements-gpu.txt", "requirements-backbone.txt", "requirements-dev.txt", "requirements-lm-eval.txt"]
+FILES = [
+    "requirements.txt",
+    "requirements-gpu.txt",
+    "requirements-backbone.txt",
+    "requirements-dev.txt",
+    "requirements-lm-eval.txt",
+]
 
 
 def read(name: str) -> list[Requirement]:

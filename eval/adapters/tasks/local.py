@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from eval.chapterbreak_files import read_examples
+from eval.tasks.chapterbreak.files import read_examples
 from pipeline.data.files import find_files
 from pipeline.data.inputs import read_documents
 from pipeline.data.tokenizer import load_tokenizer
