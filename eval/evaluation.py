@@ -14,7 +14,7 @@ from eval.in_step import in_step
 from eval.model_scorer import ModelScorer, longest_window
 from eval.options import choose, take_options
 from eval.report import Section, markdown, write_report
-from eval.runner import EvaluationError, Progress, check_same, run
+from eval.runner import EvaluationError, Progress, check_same, reported_before, run
 from eval.task import Given, Scores, Task
 from pipeline.backbone.load import check_weights, read_backbone_config
 from pipeline.data.tokenizer import load_tokenizer
@@ -110,7 +110,8 @@ def evaluate(asked: Asked, load: Load = load_alone) -> dict[str, Section]:
     }
     if without_data:
         about["left out for want of data"] = ", ".join(without_data)
-    on_rank_zero(lambda: write_report(output, about, sections, scores))
+    same = _about(trained, next(iter(tasks.values())))
+    on_rank_zero(lambda: write_report(output, about, sections, scores, others=reported_before(output, same)))
     if rank() == 0:
         print(markdown(about, sections), flush=True)
         print(f"report: {output / 'report.md'}", flush=True)

@@ -13,6 +13,8 @@ import numpy as np
 
 from pipeline.files import write_text
 
+SECTION_MARKDOWN, SECTION_JSON = "section.md", "section.json"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -101,45 +103,60 @@ class Section:
 
 
 def write_report(
-    folder: Path, about: Mapping[str, Any], sections: Mapping[str, Section], scores: Mapping[str, Any]
+    folder: Path,
+    about: Mapping[str, Any],
+    sections: Mapping[str, Section],
+    scores: Mapping[str, Any],
+    *,
+    others: Sequence[str] = (),
 ) -> None:
     """Writes `report.json`, `report.md` and the plots.
 
     Args:
-        folder: Where; exists.
+        folder: Where; has a folder for each task.
         about: What was evaluated: names and texts.
         sections: By task.
         scores: By task, every item's.
+        others: Tasks of the same model that were reported here before, and stay in the report.
     """
-    tasks = {
-        name: {
+    for name, section in sections.items():
+        content = {
             "rule": section.rule,
             "missing": list(section.missing),
             "figures": section.figures,
             "items": scores.get(name, {}),
         }
-        for name, section in sections.items()
-    }
-    content = plain({"about": about, "tasks": tasks})
-    write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    for name, section in sections.items():
         for plot in section.plots:
             draw(plot, folder / f"{name}-{plot.name}.png")
-    write_text(folder / "report.md", markdown(about, sections))
+        write_text(folder / name / SECTION_MARKDOWN, section_markdown(name, section))
+        write_text(folder / name / SECTION_JSON, json.dumps(plain(content), indent=1) + "\n")
+    names = sorted({*sections, *others})
+    tasks = {name: json.loads((folder / name / SECTION_JSON).read_text(encoding="utf-8")) for name in names}
+    write_text(folder / "report.json", json.dumps({"about": plain(about), "tasks": tasks}, indent=1) + "\n")
+    parts = [(folder / name / SECTION_MARKDOWN).read_text(encoding="utf-8") for name in names]
+    write_text(folder / "report.md", "".join([head_markdown(about), *parts]))
 
 
 def markdown(about: Mapping[str, Any], sections: Mapping[str, Section]) -> str:
     """The report as Markdown."""
-    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in about.items())]
-    for name, section in sections.items():
-        lines += ["", f"## {section.title}", "", section.rule]
-        for table in section.tables:
-            block = [list(table.columns), *(list(row) for row in table.rows)]
-            lines += ["", f"**{table.title}**", "", *aligned([block], markdown=True)]
-            lines += ["", table.note] if table.note else []
-        lines += ["", *(f"- not there: {control}" for control in section.missing)] if section.missing else []
-        for plot in section.plots:
-            lines += ["", f"![{plot.title}]({name}-{plot.name}.png)"]
+    return "".join([head_markdown(about), *(section_markdown(name, section) for name, section in sections.items())])
+
+
+def head_markdown(about: Mapping[str, Any]) -> str:
+    """The beginning of a report."""
+    return "\n".join(["# Evaluation", "", *(f"- {name}: {value}" for name, value in about.items())]) + "\n"
+
+
+def section_markdown(name: str, section: Section) -> str:
+    """What one task says, as Markdown."""
+    lines = ["", f"## {section.title}", "", section.rule]
+    for table in section.tables:
+        block = [list(table.columns), *(list(row) for row in table.rows)]
+        lines += ["", f"**{table.title}**", "", *aligned([block], markdown=True)]
+        lines += ["", table.note] if table.note else []
+    lines += ["", *(f"- not there: {control}" for control in section.missing)] if section.missing else []
+    for plot in section.plots:
+        lines += ["", f"![{plot.title}]({name}-{plot.name}.png)"]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.report import plain
+from eval.report import SECTION_JSON, SECTION_MARKDOWN, plain
 from eval.task import Item, Scores
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import gather_objects, on_rank_zero, rank
@@ -132,6 +132,17 @@ def check_same(folder: Path, about: Mapping[str, Any]) -> None:
             )
 
     on_rank_zero(check)
+
+
+def reported_before(output: Path, about: Mapping[str, Any]) -> list[str]:
+    """Tasks whose report lies in a folder, and was of the same model; how they were asked does not matter."""
+    names = []
+    for path in output.glob(f"*/{ABOUT}"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = all(found.get(key) == value for key, value in plain(about).items() if key != "options")
+        if same and all((path.parent / name).exists() for name in (SECTION_JSON, SECTION_MARKDOWN)):
+            names.append(path.parent.name)
+    return names
 
 
 def _differences(found: Any, wanted: Any, where: str = "") -> Iterable[str]:

@@ -122,7 +122,7 @@ def _find(source: Path) -> Path:
         found = []
     if not found:
         raise CheckpointError(
-            "there is no checkpoint to export",
+            "there is no checkpoint",
             got=short(str(source)),
             expected="a folder step_* of a run's checkpoints, or a run folder with one",
             do="name one of them",

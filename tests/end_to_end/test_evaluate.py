@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,19 @@ def test_a_folder_of_text_is_read_like_a_store(run_folder, tmp_path):
     total = sum(sum(one["losses"]["memory_on"]["by_segment"]) for one in items)
     assert figures["word_perplexity"]["memory_on"] == pytest.approx(np.exp(total / figures["words"]))
     assert figures["bits_per_byte"]["memory_on"] == pytest.approx(total / figures["bytes"] / np.log(2))
+
+
+def test_a_task_that_was_evaluated_before_stays_in_the_report(run_folder, tasks, tmp_path):
+    output = tmp_path / "out"
+    evaluate(asked(run_folder, output))
+    evaluate(asked(run_folder, output, tasks="recall", settings=tasks["recall"]))
+    assert report(output)["tasks"].keys() == {"perplexity", "recall"}
+    page = (output / "report.md").read_text()
+    assert page.count("# Evaluation") == 1 and "## Perplexity" in page and "## Recall" in page
+    # Of a memory of another size the report would say what is not so.
+    shutil.rmtree(output / "recall")
+    evaluate(asked(run_folder, output, tasks="recall", settings=[*tasks["recall"], "--memory.tokens", "32"]))
+    assert report(output)["tasks"].keys() == {"recall"}
 
 
 @pytest.mark.parametrize(

@@ -100,5 +100,5 @@ def test_a_manifest_without_the_weights(run):
 @pytest.mark.parametrize("source", ["nowhere", "x" * 5000, "file", "file/below"])
 def test_what_holds_no_checkpoint(run, source):
     (run / "file").touch()
-    with pytest.raises(CheckpointError, match="there is no checkpoint to export; got: .*; expected: a folder step_"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint; got: .*; expected: a folder step_"):
         export(run / source, run / "exported")
