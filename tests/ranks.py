@@ -46,6 +46,7 @@ def run_ranks(
     *args: Any,
     timeout_s: float = 120.0,
     init_process_group: bool = True,
+    grace_s: float = GRACE_S,
 ) -> list[Any]:
     """Calls a function on every rank of a new world and waits for all of them.
 
@@ -59,6 +60,7 @@ def run_ranks(
         *args: The same for every rank; anything that pickle can carry.
         timeout_s: Seconds after which the ranks that are still running count as hung.
         init_process_group: False if the function sets up `torch.distributed` by itself.
+        grace_s: Seconds that the others get after a rank failed; more where they are to end by themselves.
 
     Returns:
         What the function returned, by rank; anything that pickle can carry.
@@ -78,7 +80,7 @@ def run_ranks(
         try:
             for process in processes:
                 process.start()
-            hung = _wait(processes, timeout_s=timeout_s)
+            hung = _wait(processes, timeout_s=timeout_s, grace_s=grace_s)
             for rank in hung:
                 _ask_for_stack(processes[rank], folder / f"{rank}.stack")
         finally:
@@ -142,7 +144,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(processes: list[BaseProcess], *, timeout_s: float) -> list[int]:
+def _wait(processes: list[BaseProcess], *, timeout_s: float, grace_s: float) -> list[int]:
     """Waits until all have ended, the time is over, or the grace after the first failure is; returns who still runs."""
     deadline = time.monotonic() + timeout_s
     has_failed = False
@@ -152,7 +154,7 @@ def _wait(processes: list[BaseProcess], *, timeout_s: float) -> list[int]:
             return []
         if not has_failed and any(codes):
             has_failed = True
-            deadline = min(deadline, time.monotonic() + GRACE_S)
+            deadline = min(deadline, time.monotonic() + grace_s)
         time.sleep(_POLL_S)
     return [rank for rank, process in enumerate(processes) if process.is_alive()]
 

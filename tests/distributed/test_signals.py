@@ -173,7 +173,7 @@ def test_a_second_signal_or_one_before_the_first_step_ends_all_ranks_at_once(
 ) -> None:
     config = tiny_run.config(tmp_path / "run", memory={"group_size": 2})
     with pytest.raises(RanksFailedError) as caught:
-        run_ranks(ask, 2, config, init_process_group=False, timeout_s=100)
+        run_ranks(ask, 2, config, init_process_group=False, timeout_s=100, grace_s=30)
     for rank in (0, 1):
         assert f"rank {rank} died without a word, exit code 75" in str(caught.value)
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -44,6 +44,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "requirements.txt").write_text("tiny_runtime\n")
     (root / "requirements-backbone.txt").write_text("tiny_backbone\n")
     (root / "requirements-dev.txt").write_text("tiny_tool\n")
+    (root / "requirements-lm-eval.txt").write_text("# nothing\n")
     (root / "constraints.txt").write_text("torch==1.0\n")
     return root
 
