@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,9 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.ranks import on_rank_zero, rank, together, world_size
 from pipeline.errors import ConfigError
-from pipeline.model.load import Trained, join, load_for, read_trained
+from pipeline.model.load import Trained, load_whole, read_trained
 from pipeline.model.longmem import LongMem
 
-logger = logging.getLogger(__name__)
 Load = Callable[[Trained, str | None], LongMem]
 
 
@@ -52,8 +50,7 @@ class Asked(NamedTuple):
 
 def load_alone(trained: Trained, backbone: str | None) -> LongMem:
     """Loads a model into this process, without DeepSpeed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return LongMem(trained.config.model, *join(trained, load_for(trained, backbone).to(device), device))
+    return load_whole(trained, backbone, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def evaluate(asked: Asked, load: Load = load_alone) -> dict[str, Section]:

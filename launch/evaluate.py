@@ -7,16 +7,14 @@ those of a memory group.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.failing import end_well, explained
+from launch.failing import run_program
 from pipeline.config.output import readers_may_leave
 from pipeline.distributed.launchers import is_started_by_mpi, slurm_ranks
 
@@ -60,9 +58,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with explained():
-        main()
-    end_well()
+    run_program(main)

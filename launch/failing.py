@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pipeline.distributed.launchers import local_rank
@@ -32,6 +34,18 @@ def explained() -> Iterator[None]:
     except Exception:
         _say(f"\nrank {_rank()} failed:\n{traceback.format_exc()}")
         leave(EXIT_FAILED)
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a launcher's `main` as the program of a rank: its log, its errors in words, its end."""
+    # DeepSpeed 0.19 still calls collectives by names that torch 2.13 is renaming; nothing that a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # What a rank says when another one is gone would stand below pages of torch's own frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with explained():
+        main()
+    end_well()
 
 
 def _say(words: str) -> None:

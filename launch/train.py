@@ -6,16 +6,13 @@ again, 1 failed. `RUN/status.json` says the same with the reason.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.failing import end_well, explained
+from launch.failing import end_well, run_program
 from pipeline.config.load import load_from_command_line
 from pipeline.config.schema import Config
 from pipeline.distributed.signals import Signals
@@ -63,11 +60,4 @@ def _train(config: Config, signals: Signals) -> Ended:
 
 
 if __name__ == "__main__":
-    # DeepSpeed 0.19 still calls collectives by names that torch 2.13 is renaming; nothing that a user can mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # What a rank says when another one is gone would stand below pages of torch's own frames.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with explained():
-        main()
-    end_well()
+    run_program(main)

@@ -16,11 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from eval.model_scorer import ModelScorer
 from eval.runner import EvaluationError
 from eval.scorer import MEMORY_ON
-from pipeline.backbone.load import check_weights, read_backbone_config
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.model.load import join, load_for, read_trained
-from pipeline.model.longmem import LongMem
+from pipeline.model.load import load_whole, read_trained
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,12 @@ def load(arguments: Arguments, *, device: str = "") -> tuple[ModelScorer, PreTra
         )
     trained = read_trained(arguments.pretrained, arguments.settings)
     config, path = trained.config, arguments.backbone or trained.config.backbone.path
-    check_weights(path, read_backbone_config(path))
     tokenizer = load_tokenizer(arguments.tokenizer or path)
-    place = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
-    model = LongMem(config.model, *join(trained, load_for(trained, arguments.backbone).to(place), place))
+    place = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
     scorer = ModelScorer(
-        model, longest=config.evaluation.backbone_window_tokens, tokens_at_once=arguments.tokens_at_once
+        load_whole(trained, arguments.backbone, place),
+        longest=config.evaluation.backbone_window_tokens,
+        tokens_at_once=arguments.tokens_at_once,
     )
     about = {
         "weights_sha256": trained.sha256,

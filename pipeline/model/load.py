@@ -84,7 +84,13 @@ def load_longmem(
         BackboneError: The backbone cannot be loaded.
         ConfigError: The settings are not those of this version.
     """
-    trained = read_trained(source)
+    return load_whole(read_trained(source), backbone, device)
+
+
+def load_whole(
+    trained: Trained, backbone: str | PreTrainedModel | None = None, device: torch.device | str = "cpu"
+) -> LongMem:
+    """As `load_longmem`, of weights that were read before."""
     if isinstance(backbone, PreTrainedModel):
         model = backbone
     else:

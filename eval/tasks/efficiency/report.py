@@ -129,6 +129,6 @@ def _plots(mode: str, systems: Mapping[str, Mapping[int, Sequence[Cost]]]) -> li
         peaks[LABELS[system]] = [*known], [*known.values()]
     title = MODES[mode]
     return [
-        Lines(f"speed-{mode}", title, "tokens of the text", "tokens/s", speeds, log_x=True),
-        Lines(f"memory-{mode}", title, "tokens of the text", "peak memory, MiB", peaks, log_x=True),
+        Lines(f"speed-{mode}", f"{title}: speed", "tokens of the text", "tokens/s", speeds, log_x=True),
+        Lines(f"memory-{mode}", f"{title}: memory", "tokens of the text", "peak memory, MiB", peaks, log_x=True),
     ]

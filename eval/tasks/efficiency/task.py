@@ -18,10 +18,10 @@ from eval.model_scorer import ModelScorer
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import Scorer
+from eval.sentences import sentences
 from eval.task import Given, Item, Scores, Task, TaskOptions
 from eval.tasks.efficiency.cost import Cost, cost_of, read_in_segments, read_with_full_attention
 from eval.tasks.efficiency.report import FORWARD, FULL, LABELS, TRAINING, efficiency_section
-from eval.tasks.recall.read_again import made_up
 from pipeline.config.kinds import Count, Factor
 from pipeline.config.kinds import Tokens as TokenCount
 from pipeline.distributed.ranks import world_size
@@ -56,9 +56,7 @@ class Efficiency(Task[EfficiencyOptions]):
         """Rounds, each of which measures everything in turn."""
         if not self.options.lengths:
             raise EvaluationError("efficiency has nothing to measure", do="name lengths, such as 1024,2048")
-        self._text = made_up(
-            self.given.tokens, num_passages=1, passage_tokens=self._lengths[-1], filler_tokens=0, seed=0
-        ).passages[0]
+        self._text = sentences(self.given.tokens, self._lengths[-1], seed=0)
         return [Item(f"round {number}", number) for number in range(self.options.rounds)][: self.options.limit]
 
     def score(self, item: Item, scorer: Scorer) -> Scores:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.scorer import Tokens
+from eval.sentences import sentences
 from pipeline.data.store import TokenStore
 from pipeline.errors import DataError
 
 GENERATED = "generated sentences"
-_ADJECTIVES = "old young tall quiet bitter golden hollow narrow distant careless silver frozen patient wooden"
-_NOUNS = (
-    "captain harbour letter garden widow lantern river teacher orchard soldier bridge miller forest merchant "
-    "tower daughter horse prisoner kitchen painter valley violin stranger doctor winter village island mirror"
-)
-_VERBS = "watched remembered followed painted found lost sold carried forgot visited feared repaired"
-_PLACES = "near behind above before beyond under beside without"
-_NAMES = "Anna Tobias Marguerite Henry Ludmila Oscar Beatrice Samuel Irene Gregor Clara Edmund"
 
 
 @dataclass(frozen=True)
@@ -121,19 +113,7 @@ def made_up(
     Returns:
         The source.
     """
-    draw = random.Random(f"passages {seed}")
-    wanted, text = num_passages * passage_tokens + filler_tokens, np.zeros(0, dtype=np.int64)
-    while len(text) < wanted:
-        sentences = " ".join(_sentence(draw) for _ in range((wanted - len(text)) // 8 + 1))
-        text = np.concatenate([text, np.array(tokenize(" " + sentences), dtype=np.int64)])
+    wanted = num_passages * passage_tokens + filler_tokens
+    text = sentences(tokenize, wanted, seed=seed)
     passages = [text[at * passage_tokens :][:passage_tokens] for at in range(num_passages)]
-    return Source(GENERATED, "generated", passages, text[num_passages * passage_tokens : wanted])
-
-
-def _sentence(draw: random.Random) -> str:
-    def one_of(words: str) -> str:
-        return draw.choice(words.split())
-
-    start = draw.choice([f"The {one_of(_ADJECTIVES)} {one_of(_NOUNS)}", one_of(_NAMES), f"One {one_of(_NOUNS)}"])
-    end = draw.choice(["", f" {one_of(_PLACES)} the {one_of(_NOUNS)}", f" and the {one_of(_NOUNS)}"])
-    return f"{start} {one_of(_VERBS)} the {one_of(_ADJECTIVES)} {one_of(_NOUNS)}{end}."
+    return Source(GENERATED, "generated", passages, text[num_passages * passage_tokens :])

@@ -32,22 +32,12 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.model.longmem import build
 from tests.oracle_scorer import OracleScorer
-from tests.tiny_run import tiny_run
-from tests.tiny_tokenizer import END_OF_TEXT, save_tiny_tokenizer
-
-__all__ = ["tiny_run"]
+from tests.tiny_tokenizer import END_OF_TEXT
 
 TOLERANCE = 1e-4  # float32 log-likelihoods of up to 120 tokens, summed in another order
 SEGMENT, LONGEST = 16, 128
 FOLDER = str(Path(local.__file__).parent)
 BOOK = "It was a bright cold day in the harbour. She remembered the letter, the long road over the hills, and more. "
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tiny_tokenizer(folder)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,11 @@ from lm_eval.tasks import TaskManager
 
 from eval.adapters.lm_eval import LongMemLM
 from eval.adapters.tasks import local
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
 from tests.oracle_scorer import OracleScorer
-from tests.tiny_tokenizer import save_tiny_tokenizer
 
 FOLDER = str(Path(local.__file__).parent)
 BOOK = "It was a bright cold day in the harbour. She remembered the letter, the long road over the hills, and more. "
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tiny_tokenizer(folder)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture
