@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from eval.batches import Batch, batches, most_tokens
 from eval.follow import follow
 from eval.scorer import (
     BACKBONE,
@@ -34,7 +35,9 @@ from pipeline.distributed.groups import MemoryGroup
 from pipeline.memory.exchange import exchange_of
 from pipeline.model.longmem import LongMem
 from pipeline.model.loss import IGNORED
+from pipeline.model.opened import OpenSegment, rows_of_past
 from pipeline.model.stream import Context, Memory, Seen, Stream
+from pipeline.sidenet.past import SideNetPast
 
 EVERYTHING = 10**10  # a backbone that says nothing of the longest text that it was made for
 
@@ -123,11 +126,11 @@ class ModelScorer:
     ) -> dict[str, list[Losses]]:
         """As in `Scorer`."""
         found: dict[str, list[Losses]] = {name: [] for name in conditions}
-        room = max(len(row.tokens) for row in rows)
-        for part in self._batches([row.tokens for row in rows]):
+        texts = [row.tokens for row in rows]
+        for part in self._batches(texts):
             targets = part.targets(rows)
-            for name, hidden in self._hidden(past, part.tokens, conditions, lane, other, room):
-                found[name] += part.scored(self.model.losses(hidden, targets), rows, self)
+            for name, hidden in self._hidden(past, part, conditions, lane, other, most_tokens(texts)):
+                found[name] += part.scored(self.model.losses(hidden, targets), rows, self.exchange)
         return found
 
     @torch.no_grad()
@@ -136,16 +139,18 @@ class ModelScorer:
     ) -> list[Likelihood]:
         """As in `Scorer`; logits are made for the scored tokens only."""
         found: list[Likelihood] = []
-        room = max(len(row.tokens) for row in rows)
-        for part in self._batches([row.tokens for row in rows]):
+        texts = [row.tokens for row in rows]
+        for part in self._batches(texts):
             targets = part.targets(rows)
             counted = targets != IGNORED
-            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other, room):
+            for _, hidden in self._hidden(past, part, [condition], lane, other, most_tokens(texts)):
                 wanted, right = hidden[counted], targets[counted]
                 values = torch.zeros(*targets.shape, 2, device=hidden.device)  # loss, and whether it is the likeliest
                 values[counted, 0] = self.model.losses(wanted[None], right[None])[0]
                 values[counted, 1] = (self.model.likeliest(wanted) == right).float()
-                found += [Likelihood(one[:, 0], bool(one[:, 1].all())) for one in part.scored(values, rows, self)]
+                found += [
+                    Likelihood(one[:, 0], bool(one[:, 1].all())) for one in part.scored(values, rows, self.exchange)
+                ]
         return found
 
     @torch.no_grad()
@@ -164,7 +169,7 @@ class ModelScorer:
         """As in `Scorer`."""
         written: list[list[int]] = [[] for _ in prompts]
         open_rows = list(range(len(prompts)))
-        room = max(len(prompt) for prompt in prompts) + max_tokens
+        room = most_tokens(prompts) + max_tokens
         while open_rows:
             texts, tried = [], []
             for number in open_rows:
@@ -211,50 +216,66 @@ class ModelScorer:
         """The likeliest token at each of the last `num_tried + 1` places of every text."""
         found: list[list[int]] = []
         for part in self._batches(texts):
-            for _, hidden in self._hidden(past, part.tokens, [condition], lane, other, room):
+            for _, hidden in self._hidden(past, part, [condition], lane, other, room):
                 most = max(num_tried[number] for number in part.all_numbers) + 1
                 last = torch.tensor([len(texts[number]) - 1 for number in part.numbers], device=hidden.device)
                 places = (last[:, None] - torch.arange(most - 1, -1, -1, device=hidden.device)).clamp_min(0)
                 wanted = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-                best = part.of_all_ranks(self.model.logits(wanted).argmax(dim=-1), self)  # [B, most]
+                best = part.of_all_ranks(self.model.logits(wanted).argmax(dim=-1), self.exchange)  # [B, most]
                 found += [best[number][most - 1 - num_tried[number] :].tolist() for number in best]
         return found
 
-    def _batches(self, texts: Sequence[Tokens]) -> Iterator[_Batch]:
-        """Rows, as many as are run at once, padded on the right; each rank of the group has its share of them."""
-        size, device = self.exchange.size, self.model.device
-        longest = max(len(text) for text in texts) + self.model.settings.context_tokens
-        at_once = max(1, self._at_once // longest) * size
-        for first in range(0, len(texts), at_once):
-            numbers = list(range(first, min(first + at_once, len(texts))))
-            each = -(-len(numbers) // size)
-            padded = numbers + numbers[-1:] * (each * size - len(numbers))
-            own = padded[self.exchange.rank * each : (self.exchange.rank + 1) * each]
-            tokens = torch.zeros(each, max(len(texts[number]) for number in numbers), dtype=torch.int64)
-            for row, number in zip(tokens, own, strict=True):
-                row[: len(texts[number])] = torch.from_numpy(np.asarray(texts[number], dtype=np.int64))
-            yield _Batch(own, numbers, tokens.to(device))
+    def _batches(self, texts: Sequence[Tokens]) -> Iterator[Batch]:
+        context = self.model.settings.context_tokens
+        return batches(
+            texts, self.exchange, num_context=context, tokens_at_once=self._at_once, device=self.model.device
+        )
 
     def _hidden(
-        self, past: Past, tokens: Tensor, conditions: Sequence[str], lane: int, other: int, room: int
+        self, past: Past, part: Batch, conditions: Sequence[str], lane: int, other: int, room: int
     ) -> Iterator[tuple[str, Tensor]]:
         """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`.
 
         The longest window keeps so much `room` for a row, however many rows there are at once and however long.
         """
-        num_rows, place = len(tokens), past.tokens.shape[1]
         ordinary = [name for name in conditions if name != LONGEST_WINDOW]
         if ordinary:
-            documents = torch.full_like(tokens, lane)
-            context = self._context(past.tokens[lane : lane + 1].expand(num_rows, -1), place, document=lane)
+            yield from self._with_own_window(past, part, ordinary, lane, other)
+        if LONGEST_WINDOW in conditions:
+            yield LONGEST_WINDOW, self._with_longest_window(past, lane, part.tokens, room)
+
+    def _with_own_window(
+        self, past: Past, part: Batch, conditions: Sequence[str], lane: int, other: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As `_hidden`; left context, and what rows begin with alike, are read once."""
+        tokens, place = part.tokens, past.tokens.shape[1]
+        documents, context = torch.full_like(tokens, lane), self._context(past.tokens, place, document=lane)
+        if part.shared == 0:
+            context = Context(*(each[lane].expand(len(tokens), -1) for each in context))
             seen = past.stream.look(tokens, documents, context, start=place)
-            for name in ordinary:
+            for name in conditions:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
-        if LONGEST_WINDOW in conditions:
-            yield LONGEST_WINDOW, self._with_longest_window(past, lane, tokens, room)
+            return
+        opened, context = OpenSegment(), Context(*(each[lane : lane + 1] for each in context))
+        head, tail = (documents[:1, : part.shared], documents[:, part.shared :])
+        alike = past.stream.look(tokens[:1, : part.shared], head, context, start=place, opened=opened)
+        everyone, rest = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device), None
+        if tail.shape[1]:
+            own = opened.rows(everyone)
+            rest = past.stream.look(tokens[:, part.shared :], tail, start=place, opened=own)
+        for name in conditions:
+            kept = SideNetPast()
+            hidden = self._read(past, alike, name, lane, other, kept).expand(len(tokens), -1, -1)
+            if rest is not None:
+                found = self._read(past, rest, name, lane, other, rows_of_past(kept, everyone))
+                hidden = torch.cat([hidden, found], dim=1)
+            yield name, hidden
+            self.on_read(tokens.numel())
 
-    def _read(self, past: Past, seen: Seen, condition: str, lane: int, other: int) -> Tensor:
+    def _read(
+        self, past: Past, seen: Seen, condition: str, lane: int, other: int, kept: SideNetPast | None = None
+    ) -> Tensor:
         if condition == BACKBONE:
             return self.model.backbone_hidden(seen.encoding)
         memory: Memory = "none"
@@ -267,6 +288,7 @@ class ModelScorer:
             retrieve_from=torch.full_like(rows, other) if condition == OTHER_MEMORY else None,
             retrieves=condition != WINDOW_ONLY,
             at_one_place=True,
+            past=kept,
         )
 
     def _with_longest_window(self, past: Past, lane: int, tokens: Tensor, room: int) -> Tensor:
@@ -290,40 +312,6 @@ class ModelScorer:
         before = tokens[:, start - min(self.model.settings.context_tokens, start) : start]
         documents = _lane_numbers(len(before), before.shape[1], before.device)
         return Context(before, documents if document is None else torch.full_like(documents, document))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of one forward pass: this rank's, and all ranks'.
-
-    Attributes:
-        numbers: Of this rank's rows; the last ones may be there twice.
-        all_numbers: Of the rows of the group.
-        tokens: int64 `[B, T]`.
-    """
-
-    numbers: Sequence[int]
-    all_numbers: Sequence[int]
-    tokens: Tensor
-
-    def targets(self, rows: Sequence[Row]) -> Tensor:
-        """Of this rank's rows, int64 `[B, T]`; IGNORED where nothing is scored."""
-        targets = torch.full_like(self.tokens, IGNORED)
-        for target, number in zip(targets, self.numbers, strict=True):
-            row = rows[number]
-            assert 0 < row.num_scored < len(row.tokens), "the first token of a row has nothing before it"
-            target[row.scored] = torch.from_numpy(row.tokens[-row.num_scored :]).to(target)
-        return targets
-
-    def scored(self, values: Tensor, rows: Sequence[Row], scorer: ModelScorer) -> list[Any]:
-        """Values `[B, T, ...]` at the scored places of the group's rows, float64 `[num_scored, ...]`. Collective."""
-        found = self.of_all_ranks(values, scorer)
-        return [of_row[rows[number].scored].double().cpu().numpy() for number, of_row in found.items()]
-
-    def of_all_ranks(self, values: Tensor, scorer: ModelScorer) -> dict[int, Tensor]:
-        """What the ranks of the group found for their rows, by number. Collective for the group."""
-        gathered = scorer.exchange.all_gather(values, purpose="scores")().flatten(0, 1)
-        return dict(zip(self.all_numbers, gathered, strict=False))
 
 
 def _lane_numbers(num_lanes: int, num_tokens: int, device: torch.device) -> Tensor:

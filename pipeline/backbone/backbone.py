@@ -135,7 +135,7 @@ class Backbone(nn.Module):
         Args:
             tokens: Context and segment, int64 `[B, num_context + T]`.
             documents: Document of each token, of the same shape, if attention must not cross documents (positions then
-                begin anew with each document); else None.
+                begin anew with each document); else None. With a cache: of the tokens in it and, after them, of these.
             num_context: Tokens of context.
             cache: What the backbone's own attention has read before, which it reads on from: keys and values of these
                 tokens are added to it.
@@ -145,14 +145,15 @@ class Backbone(nn.Module):
         """
         kwargs: dict[str, Any] = {}
         if documents is not None:
-            kwargs["position_ids"] = _positions_in_document(documents)
+            kwargs["position_ids"] = _positions_in_document(documents)[:, -tokens.shape[1] :]
         self._mask_documents = documents
         try:
             if cache is not None:
                 kwargs["past_key_values"] = cache
             self.decoder(input_ids=tokens, use_cache=cache is not None, **kwargs)
             memory = [KeyValue(*self._split(layer)[1:]) for layer in self.memory_layers]
-            return Encoding(dict(self._taps), dict(self._calls), memory, documents).after(num_context)
+            within = documents if cache is None else None  # there is more in a cache than this call says anything of
+            return Encoding(dict(self._taps), dict(self._calls), memory, within).after(num_context)
         finally:
             self._taps.clear()
             self._calls.clear()
@@ -198,8 +199,11 @@ class Backbone(nn.Module):
             if self._mask_documents is not None:
                 window = sliding_window(self.attention(layer))
                 if window not in self._masks:
-                    self._masks[window] = document_mask(self._mask_documents, dtype=args[0].dtype, window=window)
-                args, kwargs = _with_mask(args, kwargs, self._masks[window])
+                    self._masks[window] = document_mask(
+                        self._mask_documents, dtype=args[0].dtype, window=window, num_queries=args[0].shape[1]
+                    )
+                call = LayerCall(args[1:], kwargs).with_mask(self._masks[window])
+                args, kwargs = (args[0], *call.args), dict(call.kwargs)
             if layer - 1 in self.tap_points:  # taps are named by the layers passed
                 self._taps[layer - 1] = args[0]
             if layer in self.call_layers:
@@ -222,13 +226,6 @@ class Backbone(nn.Module):
                 self._projected[layer, name] = output
 
         return hook
-
-
-def _with_mask(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Puts a mask where a layer expects it: by keyword, or (GPT-2) as the third positional argument."""
-    if "attention_mask" in kwargs:
-        return args, {**kwargs, "attention_mask": mask}
-    return (*args[:2], mask, *args[3:]), kwargs
 
 
 def _positions_in_document(documents: Tensor) -> Tensor:

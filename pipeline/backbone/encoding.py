@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import Cache
 
 _MASK_AXES = (-2, -1)
 _TOKEN_AXES: Mapping[str, tuple[int, ...]] = MappingProxyType(
@@ -48,6 +49,20 @@ class LayerCall(NamedTuple):
         """How a layer is called for all but the first tokens."""
         args = tuple(_after(arg, count, axes=_MASK_AXES) for arg in self.args)
         return LayerCall(args, {name: _after(x, count, axes=_TOKEN_AXES.get(name)) for name, x in self.kwargs.items()})
+
+    def with_mask(self, mask: Tensor | None) -> LayerCall:
+        """The same call with another mask: by keyword, or (GPT-2) as the second argument after the hidden states."""
+        if "attention_mask" in self.kwargs:
+            return self._replace(kwargs={**self.kwargs, "attention_mask": mask})
+        return self._replace(args=(self.args[0], mask, *self.args[2:]))
+
+    def with_cache(self, cache: Cache, *, num_keys: int) -> LayerCall:
+        """The same call with another cache, which will hold the last `num_keys` tokens of those in its own."""
+        args = tuple(cache if isinstance(arg, Cache) else arg for arg in self.args)
+        kwargs = {name: cache if isinstance(arg, Cache) else arg for name, arg in self.kwargs.items()}
+        if isinstance(alibi := kwargs.get("alibi"), Tensor):
+            kwargs["alibi"] = alibi[..., -num_keys:]
+        return LayerCall(args, kwargs)
 
 
 class KeyValue(NamedTuple):

@@ -31,8 +31,21 @@ def visible_in_segment(
     return visible[None, None] & (documents[:, None, rows, None] == documents[:, None, None, :])  # [B, 1, len(rows), T]
 
 
-def document_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None) -> Tensor:
-    """Additive mask `[B, 1, T, T]` of documents `[B, T]`: 0 where attention sees, the lowest number elsewhere."""
+def document_mask(
+    documents: Tensor, *, dtype: torch.dtype, window: int | None, num_queries: int | None = None
+) -> Tensor:
+    """Additive mask of documents `[B, T]`: 0 where attention sees, the lowest number elsewhere.
+
+    Args:
+        documents: Document of each token.
+        dtype: Of the mask.
+        window: As in `visible_in_segment`.
+        num_queries: How many of the last tokens ask; None: all.
+
+    Returns:
+        `[B, 1, num_queries, T]`.
+    """
     length = documents.shape[1]
-    visible = visible_in_segment(slice(0, length), length, documents=documents, window=window, device=documents.device)
+    rows = slice(0 if num_queries is None else length - num_queries, length)
+    visible = visible_in_segment(rows, length, documents=documents, window=window, device=documents.device)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

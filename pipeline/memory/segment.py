@@ -228,7 +228,7 @@ class SegmentView:
         reading, count = self.reading, self.settings.num_tokens // self.chunk_size
         visible, num_rows = reading.visible, len(reading.documents)
         if visible is None:
-            if self.pools.rows is None:
+            if self.pools.rows is None or self.pools.num_pools == 1:  # of one pool every row reads
                 return None
             visible = torch.ones((num_rows, count), dtype=torch.bool)
         assert visible.shape == (num_rows, count), f"visible is {tuple(visible.shape)}, not {(num_rows, count)}"

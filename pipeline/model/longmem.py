@@ -26,6 +26,7 @@ from pipeline.model.loss import Head, token_losses
 from pipeline.positions import PositionRule
 from pipeline.sidenet.fusion import MemoryReader
 from pipeline.sidenet.layout import Layout
+from pipeline.sidenet.past import SideNetPast
 from pipeline.sidenet.sidenet import SideNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,17 +191,18 @@ class LongMem:
         """
         bank.append([(kv.key, kv.value) for kv in encoding.memory], start=start, documents=documents)
 
-    def hidden(self, encoding: Encoding, reader: MemoryReader | None) -> Tensor:
+    def hidden(self, encoding: Encoding, reader: MemoryReader | None, past: SideNetPast | None = None) -> Tensor:
         """Runs the SideNet.
 
         Args:
-            encoding: The segment.
+            encoding: The segment, or the next tokens of one that is read in pieces.
             reader: The memory, or None.
+            past: What the SideNet keeps of such a segment; these tokens are added to it.
 
         Returns:
             Input of the LM head `[B, T, E]`.
         """
-        hidden: Tensor = self._run_sidenet(encoding, reader)
+        hidden: Tensor = self._run_sidenet(encoding, reader, past)
         return hidden
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

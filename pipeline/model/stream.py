@@ -24,6 +24,8 @@ from pipeline.memory.place import Turn
 from pipeline.memory.reader import AgeObserver, BankReader
 from pipeline.memory.segment import Reading, ReadSettings
 from pipeline.model.longmem import LongMem
+from pipeline.model.opened import OpenSegment
+from pipeline.sidenet.past import SideNetPast
 
 Memory = Literal["own", "none"] | Tensor
 """What rows read: each its own memory, nothing, or the memory of a lane of the bank, int64 `[B]`; many may read one."""
@@ -45,11 +47,13 @@ class Seen:
         encoding: What the backbone says of it.
         documents: Document of each token, int64 `[B, T]`.
         start: Lane position of its first token; what is read for it lies before.
+        first: Of a segment that is read in pieces: how many of its tokens came before these.
     """
 
     encoding: Encoding
     documents: Tensor
     start: int
+    first: int = 0
 
 
 class Stream:
@@ -105,7 +109,13 @@ class Stream:
         return seen
 
     def look(
-        self, tokens: Tensor, documents: Tensor, context: Context | None = None, *, start: int | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor,
+        context: Context | None = None,
+        *,
+        start: int | None = None,
+        opened: OpenSegment | None = None,
     ) -> Seen:
         """Encodes the next segment of every row, and leaves everything else as it is.
 
@@ -113,19 +123,28 @@ class Stream:
 
         Args:
             tokens: As in `feed`.
-            documents: As in `feed`.
+            documents: As in `feed`; of a segment that is read in pieces, one document a row.
             context: As in `feed`.
             start: As in `feed`.
+            opened: A segment that is read in pieces: these tokens follow those in it, and are added to it.
 
         Returns:
-            The segment.
+            The segment, or the piece of it.
         """
+        if opened is not None and opened.num_tokens:
+            assert context is None and start is not None, "a piece that continues a segment has its context before it"
+            with self.phase("backbone"):
+                first, encoding = opened.num_tokens, opened.encode(self.model, tokens)
+            return Seen(encoding, documents, start, first)
         own = self.place + self.exchange.rank * tokens.shape[1] if start is None else start
         num_context = 0 if context is None else context.tokens.shape[1]
         wanted = min(self.model.settings.context_tokens, own)
         assert num_context == wanted, f"a segment at {own} is encoded with {wanted} tokens before it, not {num_context}"
         with self.phase("backbone"):
-            if context is None:
+            if opened is not None:
+                before = tokens[:, :0] if context is None else context.tokens
+                encoding = opened.encode(self.model, torch.cat([before, tokens], dim=1), num_context=num_context)
+            elif context is None:
                 encoding = self.model.encode(tokens, documents)
             else:
                 whole = torch.cat([context.tokens, tokens], dim=1), torch.cat([context.documents, documents], dim=1)
@@ -154,6 +173,7 @@ class Stream:
         retrieves: bool = True,
         at_one_place: bool = False,
         observe_ages: AgeObserver | None = None,
+        past: SideNetPast | None = None,
     ) -> Tensor:
         """Runs the SideNet, whose memory layers read what lies before the segment.
 
@@ -169,6 +189,7 @@ class Stream:
             at_one_place: Whether the segments of all ranks of the group begin at the same place: other continuations of
                 one past.
             observe_ages: As in `BankReader`.
+            past: What the SideNet keeps of a segment that is read in pieces, and by one kind of reading.
 
         Returns:
             Input of the LM head `[B, T, E]`.
@@ -183,6 +204,7 @@ class Stream:
                 Reading(
                     seen.start,
                     seen.documents,
+                    seen.first,
                     segment_tokens=0 if at_one_place else None,
                     lane_of_row=lanes,
                     retrieve_from=retrieve_from,
@@ -194,7 +216,7 @@ class Stream:
                 is_repeated=self.model.settings.sidenet.activation_checkpointing and torch.is_grad_enabled(),
             )
         with self.phase("sidenet"):
-            return self.model.hidden(seen.encoding, reader)
+            return self.model.hidden(seen.encoding, reader, past)
 
     def losses(self, seen: Seen, targets: Tensor, **kwargs: Any) -> Tensor:
         """Cross-entropy of every token, given what lies before the segment.

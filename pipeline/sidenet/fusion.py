@@ -16,6 +16,7 @@ from pipeline.backbone.encoding import KeyValue
 from pipeline.backbone.families import Family
 from pipeline.positions import PositionEncoding, PositionRule
 from pipeline.sidenet.local import LocalAttention, local_log_sum_exp
+from pipeline.sidenet.past import SideNetPast
 
 
 class MemoryRead(Protocol):
@@ -86,6 +87,7 @@ class MemoryFusion(nn.Module):
         self.gate = nn.Parameter(torch.full((num_heads,), gate_init))
         self.reader: MemoryReader | None = None
         self.documents: Tensor | None = None
+        self.past: SideNetPast | None = None
         self.sink: KeyValue | None = None
         self.memory_share: Tensor | None = None  # mean weight of memory at the last read
         self._outputs: dict[str, Tensor] = {}
@@ -164,9 +166,14 @@ class MemoryFusion(nn.Module):
         return values.float(), logits
 
     def _local_log_sum_exp(self, query: Tensor, key: Tensor) -> Tensor:
-        place = torch.arange(query.shape[2], device=query.device)
-        rotated = self.encoding.rotate(query.float(), place), self.encoding.rotate(key.float(), place)
-        return local_log_sum_exp(*rotated, replace(self.local, documents=self.documents))
+        if self.past is None:
+            place = torch.arange(query.shape[2], device=query.device)
+        else:
+            place = self.past.places(self.index, query.shape[2], device=query.device)
+        rotated, keys = self.encoding.rotate(query.float(), place), self.encoding.rotate(key.float(), place)
+        if self.past is not None:
+            keys = self.past.extended(self.index, keys)
+        return local_log_sum_exp(rotated, keys, replace(self.local, documents=self.documents))
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The log-sum-exp of a layer's local attention logits, which joint fusion needs and no attention kernel returns.
 
-Shapes: `B` rows, `H` query heads, `Hkv` key/value heads, `T` tokens, `D` head size.
+Shapes: `B` rows, `H` query heads, `Hkv` key/value heads, `T` tokens, `q` of them that ask, `D` head size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LocalAttention:
         scale: Factor on `q k^T`.
         slopes: ALiBi slopes `[H]`, or None.
         window: Sliding window in tokens, or None.
-        documents: int64 `[B, T]` where attention must not cross documents, or None.
+        documents: int64 `[B, T]`, of every key, where attention must not cross documents, or None.
     """
 
     scale: float
@@ -35,25 +35,36 @@ class LocalAttention:
 
 
 def local_log_sum_exp(query: Tensor, key: Tensor, local: LocalAttention) -> Tensor:
-    """Log-sum-exp, float32 `[B, H, T]`, of rotated queries `[B, H, T, D]` and keys `[B, Hkv, T, D]`; has gradients."""
+    """Log-sum-exp, float32 `[B, H, q]`, of rotated queries and keys; has gradients.
+
+    Args:
+        query: `[B, H, q, D]`, of the last `q` tokens.
+        key: `[B, Hkv, T, D]`.
+        local: What attention does besides.
+
+    Returns:
+        The log-sum-exp.
+    """
     result: Tensor = _LogSumExp.apply(query.float(), key.float(), local)
     return result
 
 
 def _blocks(query: Tensor, key: Tensor, local: LocalAttention) -> Iterator[tuple[slice, Tensor]]:
-    """Masked logits `[B, Hkv, H / Hkv, t, seen]` of queries `[B, Hkv, H / Hkv, T, D]`, one block after another."""
-    length, device = query.shape[3], query.device
-    for first in range(0, length, _BLOCK_TOKENS):
-        rows = slice(first, min(first + _BLOCK_TOKENS, length))
-        seen = key[:, :, None, : rows.stop].transpose(-1, -2)  # [B, Hkv, 1, D, seen]
+    """Masked logits `[B, Hkv, H / Hkv, t, seen]` of queries `[B, Hkv, H / Hkv, q, D]`, one block after another."""
+    num_queries, length, device = query.shape[3], key.shape[2], query.device
+    before = length - num_queries
+    for first in range(0, num_queries, _BLOCK_TOKENS):
+        rows = slice(first, min(first + _BLOCK_TOKENS, num_queries))
+        places = slice(before + rows.start, before + rows.stop)
+        seen = key[:, :, None, : places.stop].transpose(-1, -2)  # [B, Hkv, 1, D, seen]
         logits = torch.matmul(query[:, :, :, rows], seen).mul_(local.scale)
         if local.slopes is not None:
-            index = torch.arange(rows.stop, device=device)
-            distance = index[rows, None] - index[None, :]  # [t, seen]
+            index = torch.arange(places.stop, device=device)
+            distance = index[places, None] - index[None, :]  # [t, seen]
             logits = logits - local.slopes.to(device).view(1, key.shape[1], -1, 1, 1) * distance
         # [B or 1, 1, t, T]
-        mask = visible_in_segment(rows, length, documents=local.documents, window=local.window, device=device)
-        yield rows, logits.masked_fill_(~mask[:, :, None, :, : rows.stop], float("-inf"))
+        mask = visible_in_segment(places, length, documents=local.documents, window=local.window, device=device)
+        yield rows, logits.masked_fill_(~mask[:, :, None, :, : places.stop], float("-inf"))
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -77,6 +88,7 @@ class _LogSumExp(torch.autograd.Function):
         grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
         for rows, logits in _blocks(query, key, ctx.local):
             weights = torch.exp(logits - result[..., rows, None]) * (grad[..., rows, None] * ctx.local.scale)
-            grad_query[:, :, :, rows] = torch.matmul(weights, key[:, :, None, : rows.stop])
-            grad_key[:, :, : rows.stop] += torch.einsum("bgrts,bgrtd->bgsd", weights, query[:, :, :, rows])
+            seen = weights.shape[-1]
+            grad_query[:, :, :, rows] = torch.matmul(weights, key[:, :, None, :seen])
+            grad_key[:, :, :seen] += torch.einsum("bgrts,bgrtd->bgsd", weights, query[:, :, :, rows])
         return grad_query.flatten(1, 2), grad_key, None

@@ -21,6 +21,7 @@ from pipeline.positions import PositionRule
 from pipeline.sidenet.fusion import MemoryFusion, MemoryReader
 from pipeline.sidenet.layout import Layout
 from pipeline.sidenet.local import LocalAttention
+from pipeline.sidenet.past import SideNetPast
 
 
 class SideNet(nn.Module):
@@ -52,6 +53,7 @@ class SideNet(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
+        self._attention = backbone.family.attention
         self.activation_checkpointing = activation_checkpointing
         self.layers = nn.ModuleList(
             _trainable_copy(backbone.layers[source - 1], backbone) for source in layout.source_layers
@@ -85,34 +87,61 @@ class SideNet(nn.Module):
         """Stays in evaluation mode (no dropout), whatever is asked: a wrapper's `train()` must not change it."""
         return super().train(False)
 
-    def forward(self, encoding: Encoding, reader: MemoryReader | None = None) -> Tensor:
-        """Runs the SideNet over one encoded segment of each row.
+    def forward(
+        self, encoding: Encoding, reader: MemoryReader | None = None, past: SideNetPast | None = None
+    ) -> Tensor:
+        """Runs the SideNet over one encoded segment of each row, or over the next tokens of one.
 
         Args:
-            encoding: What the backbone said of the segment.
+            encoding: What the backbone said of the segment, or of those tokens.
             reader: The memory, or None: no memory.
+            past: What was kept of the segment's tokens before; these are added to it. None: the segment begins here,
+                and nothing is kept.
 
         Returns:
             `Norm(S_L)`, `[B, T, E]`: the input of the LM head.
         """
         layout = self.layout
+        if past is not None:
+            encoding = self._continued(encoding, past)
         state = encoding.taps[layout.boundaries[0]]
         for layer in range(1, layout.num_layers + 1):
             pair = layout.difference(layer)
             carried = None if pair is None else encoding.taps[pair[0]] - encoding.taps[pair[1]]
             if carried is not None and layout.residual == "interleaved":
                 state = state + carried
-            state = self._layer(layer, state, encoding, reader)
+            state = self._layer(layer, state, encoding, reader, past)
             if carried is not None and layout.residual == "paper":
                 state = state + carried
         normed: Tensor = self.norm(state)
         return normed
 
-    def _layer(self, layer: int, state: Tensor, encoding: Encoding, reader: MemoryReader | None) -> Tensor:
+    def _continued(self, encoding: Encoding, past: SideNetPast) -> Encoding:
+        """The calls of layers that go on from what the SideNet keeps, not from what the backbone keeps."""
+        tap = encoding.taps[self.layout.boundaries[0]]
+        num_keys = past.num_tokens + tap.shape[1]
+        masks: dict[int | None, Tensor | None] = {}
+        calls = {}
+        for layer, source in zip(self.layers, self.layout.source_layers, strict=True):
+            window = sliding_window(layer.get_submodule(self._attention))
+            if window not in masks:
+                masks[window] = past.mask(tap.shape[1], num_keys=num_keys, window=window, like=tap)
+            call = encoding.calls[source].with_cache(past.cache, num_keys=num_keys)
+            calls[source] = call.with_mask(masks[window])
+        return encoding._replace(calls=calls, documents=past.documents)
+
+    def _layer(
+        self,
+        layer: int,
+        state: Tensor,
+        encoding: Encoding,
+        reader: MemoryReader | None,
+        past: SideNetPast | None,
+    ) -> Tensor:
         call = encoding.calls[self.layout.boundaries[layer]]
 
         def run(hidden: Tensor) -> Tensor:
-            with self._reading(layer, reader, encoding):
+            with self._reading(layer, reader, encoding, past):
                 return _call(self.layers[layer - 1], hidden, call)
 
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -122,18 +151,20 @@ class SideNet(nn.Module):
         return run(state)
 
     @contextmanager
-    def _reading(self, layer: int, reader: MemoryReader | None, encoding: Encoding) -> Iterator[None]:
+    def _reading(
+        self, layer: int, reader: MemoryReader | None, encoding: Encoding, past: SideNetPast | None
+    ) -> Iterator[None]:
         """Lends the reader to a memory layer for one call; also when the call is repeated in the backward pass."""
         fusion = self.fusions.get(layer)
         if fusion is None:
             yield
             return
-        fusion.reader, fusion.documents = reader, encoding.documents
+        fusion.reader, fusion.documents, fusion.past = reader, encoding.documents, past
         fusion.sink = encoding.sinks[fusion.index] if encoding.sinks else None
         try:
             yield
         finally:
-            fusion.reader = fusion.documents = fusion.sink = None
+            fusion.reader = fusion.documents = fusion.sink = fusion.past = None
 
 
 def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

@@ -114,6 +114,19 @@ def test_rows_are_alone_with_their_past(alone, scores):
             np.testing.assert_allclose(losses[0], scores[name][number], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("shared", [1, 6])
+def test_what_rows_begin_with_alike_is_read_once_and_changes_nothing(alone, shared):
+    past = alone.remember(TEXT[:PAST], OTHER[: PAST + 3])
+    suffixes = [np.concatenate([[number + 1], row.tokens[1:]]) for number, row in enumerate(rows())]
+    alike = [Row(np.concatenate([TEXT[PAST : PAST + shared], suffix]), len(suffix)) for suffix in suffixes]
+    ordinary = [name for name in CONDITIONS if name != LONGEST_WINDOW]
+    together = alone.losses(past, alike, ordinary)
+    for number, row in enumerate(alike):
+        unlike = Row((row.tokens + 1) % VOCABULARY, row.num_scored)  # nothing is alike: each row is read whole
+        for name, losses in alone.losses(past, [row, unlike], ordinary).items():
+            np.testing.assert_allclose(together[name][number], losses[0], atol=TOLERANCE)
+
+
 def test_many_rows_go_in_several_passes(scores):
     few = ModelScorer(model(), longest=LONGEST, tokens_at_once=2 * (LEFT + 9))
     for name, losses in scored(few).items():
