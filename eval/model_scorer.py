@@ -257,7 +257,7 @@ class ModelScorer:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
             return
-        opened, context = OpenSegment(), Context(*(each[lane : lane + 1] for each in context))
+        opened, context = OpenSegment.empty(1), Context(*(each[lane : lane + 1] for each in context))
         head, tail = (documents[:1, : part.shared], documents[:, part.shared :])
         alike = past.stream.look(tokens[:1, : part.shared], head, context, start=place, opened=opened)
         everyone, rest = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device), None

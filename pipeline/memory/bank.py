@@ -7,7 +7,7 @@ segment.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -174,6 +174,28 @@ class MemoryBank:
         chunked = documents[:, chunks.start * size : chunks.stop * size].unflatten(1, (-1, size)).to(self.device)
         same = (chunked == chunked[..., :1]).all(dim=-1)
         self.documents[:, slots] = torch.where(same, chunked[..., 0], MIXED)
+
+    def grown(self, num_chunks: int) -> MemoryBank:
+        """A larger bank with the same past.
+
+        Args:
+            num_chunks: Chunks of its rings, not fewer than this one's.
+
+        Returns:
+            The bank.
+        """
+        larger = MemoryBank(replace(self.shape, num_chunks=num_chunks), dtype=self.dtype, device=self.device)
+        slots, count = self.filled(), self.num_filled
+        into = torch.arange(count)
+        there = slots.to(self.device)
+        larger.label(
+            torch.from_numpy(self.positions)[slots], self.documents[:, there], slots=into, next_slot=count % num_chunks
+        )
+        for old, new in zip(self.layers, larger.layers, strict=True):
+            new.keys[:, :, :count] = old.keys[:, :, there]
+            new.values[:, :, :count] = old.values[:, :, there]
+            new.chunk_keys[:, :, :count] = old.chunk_keys[:, :, there]
+        return larger
 
     def filled(self) -> Tensor:
         """Slots that hold something, the oldest chunk's first, int64 `[F]` on the host."""

@@ -33,10 +33,12 @@ class Source:
     Attributes:
         bank: The bank.
         shift: Place, in the lane of what reads it, of the first token of its own lane.
+        is_open: Whether what is read may be added to it.
     """
 
     bank: MemoryBank
     shift: int = 0
+    is_open: bool = False
 
     @property
     def end(self) -> int:

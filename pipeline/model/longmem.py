@@ -151,7 +151,13 @@ class LongMem:
         return MemoryBank(shape, dtype=dtype, device=device)
 
     def encode(
-        self, tokens: Tensor, documents: Tensor | None, *, num_context: int = 0, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | None,
+        *,
+        num_context: int = 0,
+        cache: Cache | None = None,
+        columns: Tensor | None = None,
     ) -> Encoding:
         """Encodes one segment of each lane with the frozen backbone.
 
@@ -162,12 +168,14 @@ class LongMem:
             documents: Document of each token, of the same shape; under scope `document` attention stays inside. None:
                 each row is one document.
             num_context: Tokens of left context.
-            cache: As in `Backbone.forward`: an ordinary window of any length, read in pieces.
+            cache: As in `Backbone.forward`: an ordinary window of any length, or a segment, read in pieces.
+            columns: Of a cache whose rows are not equally long, and of these tokens: int64 `[B, W]`, 0 where a row has
+                a token and -1 where it has none.
 
         Returns:
             The encoding.
         """
-        inside = documents if self.settings.memory.scope == "document" else None
+        inside = documents if self.settings.memory.scope == "document" and documents is not None else columns
         encoding: Encoding = self._encode(tokens, inside, num_context, cache)
         return encoding._replace(sinks=self._sinks(tokens.device)) if self.settings.memory.sink else encoding
 

@@ -131,10 +131,10 @@ class Stream:
         Returns:
             The segment, or the piece of it.
         """
-        if opened is not None and opened.num_tokens:
+        if opened is not None and (first := opened.num_tokens[0]):
             assert context is None and start is not None, "a piece that continues a segment has its context before it"
             with self.phase("backbone"):
-                first, encoding = opened.num_tokens, opened.encode(self.model, tokens)
+                encoding = opened.encode(self.model, tokens)
             return Seen(encoding, documents, start, first)
         own = self.place + self.exchange.rank * tokens.shape[1] if start is None else start
         num_context = 0 if context is None else context.tokens.shape[1]
