@@ -1,4 +1,4 @@
-"""A real browser without a window: Debian's Chromium, driven by selenium, that tells what it loaded and complained of."""
+"""A real browser without a window: Debian's Chromium, driven by selenium, that tells what it loads and complains of."""
 
 from __future__ import annotations
 
@@ -22,6 +22,32 @@ _OPTIONS = (
     "--disable-sync",
 )
 _LIMIT_S = 60
+_LOW_CONTRAST = """
+const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const luminance = (colour) => {
+  const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  const part = numbers(colour).slice(0, 3).map((value) => linear(value / 255));
+  return 0.2126 * part[0] + 0.7152 * part[1] + 0.0722 * part[2];
+};
+const ground = (node) => {
+  for (; node; node = node.parentElement) {
+    const colour = getComputedStyle(node).backgroundColor;
+    if ((numbers(colour)[3] ?? 1) === 1) return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+const found = [];
+let looked = 0;
+for (const node of document.querySelectorAll("body *")) {
+  const text = [...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.data).join("").trim();
+  if (!text || !node.checkVisibility({ visibilityProperty: true }) || node.tagName === "OPTION") continue;
+  looked += 1;
+  const [low, high] = [luminance(getComputedStyle(node).color), luminance(ground(node))].sort((a, b) => a - b);
+  const contrast = (high + 0.05) / (low + 0.05);
+  if (contrast < arguments[0]) found.push(`${text}: ${contrast.toFixed(2)}`);
+}
+return [looked, found];
+"""
 
 
 def missing() -> str | None:
@@ -68,3 +94,9 @@ def requested(driver: webdriver.Chrome) -> list[str]:
 def complaints(driver: webdriver.Chrome) -> list[str]:
     """What the console was told since the last call: errors, warnings, refusals of the page's policy."""
     return [entry["message"] for entry in driver.get_log("browser")]
+
+
+def low_contrast(driver: webdriver.Chrome, least: float) -> tuple[int, list[str]]:
+    """How many visible texts there are, and those that stand out less than `least` against what is behind them."""
+    looked, found = driver.execute_script(_LOW_CONTRAST, least)
+    return looked, found

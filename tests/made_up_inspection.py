@@ -16,7 +16,7 @@ from pipeline.face.inspection import (
     SeenToken,
 )
 
-STORY = "The lighthouse at Varn.txt"
+STORY = "The lighthouse at Orra.txt"
 DOCUMENTS = (STORY, "Letters from the harbour.txt", "A short history of knots.txt")
 LAYERS = (12, 18, 24)
 HEADS = 9
@@ -27,16 +27,24 @@ PROMPT = (
     "the night when the Meridian went down. \u201cNobody winds it,\u201d he said, \u201cbecause of the rule.\u201d\n\n"
     "She laughed, opened her case and took out a key no longer than a finger. It fitted."
 )
-HELPED = {
+CHANGES = {
     " Ansel": -3.1, " Brandt": -5.42, " Ottoline": -4.3, " clocks": -1.6, " gulls": -2.4, " lamp": -0.7,
     " nineteen": -3.8, " four": -1.2, " Meridian": -6.05, " brass": -0.9, " rule": -0.64, " keeper": -0.3,
     " lighthouse": -1.1, " stranger": 0.35, " path": 0.72, " laughed": 1.3, " finger": 2.15, " fitted": 0.2,
     " autumn": -0.15, " key": 0.55, " winds": -0.24,
 }  # fmt: skip
 PASSAGES = (
-    " Ansel Brandt, keeper", " mended clocks, she", " the Meridian sank with", " the lamp, until gulls", " nineteen past\nfour",
-    " said Ottoline, and", " Brandt's only rule", " of the brass clock", " up the long path", " a knot that holds",
-)  # fmt: skip
+    " Ansel Brandt, keeper",
+    " mended clocks, she",
+    " the Meridian sank with",
+    " the lamp, until gulls",
+    " nineteen past\nfour",
+    " said Ottoline, and",
+    " Brandt's only rule",
+    " of the brass clock",
+    " up the long path",
+    " a knot that holds",
+)
 
 
 def made_up_inspection() -> Inspection:
@@ -75,7 +83,7 @@ def inspection_of(
         title=title,
         model="SmolLM2-135M, SideNet of 30 layers",
         memory=RememberedText(
-            names=["varn.memory"],
+            names=["orra.memory"],
             documents=[
                 RememberedDocument(name, size) for name, size in zip((document, *DOCUMENTS[1:]), sizes, strict=True)
             ],
@@ -91,7 +99,7 @@ def inspection_of(
 def _token(number: int, text: str, chance: random.Random) -> SeenToken:
     if number == 0:
         return SeenToken(text, None, None, [])
-    change = HELPED.get(text, chance.gauss(0.0, 0.06))
+    change = CHANGES.get(text, chance.gauss(0.0, 0.06))
     lost = max(0.05, chance.expovariate(0.6)) + max(0.0, -change)
     chunks = [_chunk(text.strip(), layer, chance) for layer in LAYERS for _ in range(chance.randint(3, 9))]
     return SeenToken(text, lost + change, lost, chunks)

@@ -35,7 +35,7 @@ def render(inspection: Inspection, *, chunks_per_token: int = CHUNKS_PER_TOKEN) 
         HTML with its style, script and data in it, and a policy that lets it load nothing.
 
     Raises:
-        DataError: There is no token, a number is not finite or out of its range, or numbers that belong together differ.
+        DataError: There is no token, a number is not finite or out of its range, or two do not fit each other.
     """
     if chunks_per_token < 1:
         raise DataError("No chunk would be kept", got=chunks_per_token, expected="chunks_per_token of at least 1")

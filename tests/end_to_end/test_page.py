@@ -1,4 +1,4 @@
-"""The page of an inspection in a real browser: by mouse and by keyboard, light and dark, on a desk and on a telephone."""
+"""The page of an inspection in a real browser: by mouse and keyboard, light and dark, on a desk and on a telephone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selenium.webdriver.support.select import Select
 
 from pipeline.face.inspection import Inspection, ReadChunk, SeenToken
 from pipeline.face.page import render
-from tests.browser import chromium, complaints, look_like, missing, requested
+from tests.browser import chromium, complaints, look_like, low_contrast, missing, requested
 from tests.made_up_inspection import inspection_of, made_up_inspection
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -29,31 +29,6 @@ HOSTILE = (
     "javascript:window.hacked=1//'\"`${window.hacked=1}",
     "x" * 300,
 )
-LOW_CONTRAST = """
-const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const luminance = (colour) => {
-  const part = numbers(colour).slice(0, 3).map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * part[0] + 0.7152 * part[1] + 0.0722 * part[2];
-};
-const ground = (node) => {
-  for (; node; node = node.parentElement) {
-    const colour = getComputedStyle(node).backgroundColor;
-    if ((numbers(colour)[3] ?? 1) === 1) return colour;
-  }
-  return "rgb(255, 255, 255)";
-};
-const found = [];
-let looked = 0;
-for (const node of document.querySelectorAll("body *")) {
-  const text = [...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.data).join("").trim();
-  if (!text || !node.checkVisibility({ visibilityProperty: true }) || node.tagName === "OPTION") continue;
-  looked += 1;
-  const [low, high] = [luminance(getComputedStyle(node).color), luminance(ground(node))].sort((a, b) => a - b);
-  const contrast = (high + 0.05) / (low + 0.05);
-  if (contrast < arguments[0]) found.push(`${text}: ${contrast.toFixed(2)}`);
-}
-return [looked, found];
-"""
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +202,8 @@ def test_the_head_of_the_page_sums_up(page: Page) -> None:
     )
     page.show(inspection)
     assert page.find("#figures").text.split("\n") == [
-        "Perplexity without → with memory", "20.0 → 15.0", "Change", "−25 %", "Tokens helped", "1 of 2", "Tokens hurt", "1",
+        "Perplexity without → with memory", "20.0 → 15.0", "Change", "−25 %",
+        "Tokens helped", "1 of 2", "Tokens hurt", "1",
     ]  # fmt: skip
     assert page.find("summary").text == "3 remembered documents, 7,382 tokens"
     page.find("#extremes button").click()
@@ -284,7 +260,7 @@ def test_hostile_text_is_shown_as_text(page: Page, width: int) -> None:
 @pytest.mark.parametrize("width", [360, 1100])
 def test_all_text_has_contrast_and_fits_the_window(page: Page, width: int, dark: bool) -> None:
     page.show(made_up_inspection(), width=width, dark=dark, fragment="#token-47")
-    looked, poor = page.browser.execute_script(LOW_CONTRAST, READABLE)
+    looked, poor = low_contrast(page.browser, READABLE)
     assert looked > len(page.tokens)
     assert poor == []
     ground = page.browser.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -314,7 +290,9 @@ def test_the_page_has_a_language_landmarks_and_names(page: Page) -> None:
     assert all(len(page.all(landmark)) == 1 for landmark in ("header", "main", "aside", "h1"))
     controls = [node for node in page.all("button, select, input, [role]") if node.is_displayed()]
     assert len(controls) > len(page.tokens)
-    unnamed = "return arguments[0].filter((node) => !(node.ariaLabel || node.textContent.trim() || node.labels?.length)).length"
-    assert page.browser.execute_script(unnamed, controls) == 0
+    named = (
+        "return arguments[0].filter((node) => node.ariaLabel || node.textContent.trim() || node.labels.length).length"
+    )
+    assert page.browser.execute_script(named, controls) == len(controls)
     identifiers = [node.get_attribute("id") for node in page.all("[id]")]
     assert len(identifiers) == len(set(identifiers))
