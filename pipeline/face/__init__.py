@@ -1,0 +1,1 @@
+"""What users of trained models see and call."""
