@@ -195,7 +195,9 @@ class MemoryBank:
         tokens = slice(chunks.start * size, chunks.stop * size)
         for store, (key, value) in zip(self.layers, memory, strict=True):
             for target, source in ((store.keys, key), (store.values, value)):
-                chunked = within(source[:, :, tokens], self.dtype).unflatten(2, (-1, size)).transpose(0, 1)  # [Hkv, B, chunks, c, D]
+                chunked = (
+                    within(source[:, :, tokens], self.dtype).unflatten(2, (-1, size)).transpose(0, 1)
+                )  # [Hkv, B, chunks, c, D]
                 target[:, :, slots].copy_(chunked)
             # The mean of what is stored, not of what came: a reader can recompute it from the bank.
             store.chunk_keys[:, :, slots] = _chunk_keys(store.keys[:, :, slots])

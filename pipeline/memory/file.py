@@ -35,6 +35,7 @@ from torch import Tensor
 from pipeline.config.untrusted import Typed, parse_json, read_small, shown, what_is_wrong
 from pipeline.errors import LongMemMemoryError
 from pipeline.memory.bank import MemoryBank
+from pipeline.memory.writing import write_tensors
 
 VERSION: Literal[2] = 2
 VERSION_WHOLE: Literal[3] = 3
@@ -169,17 +170,18 @@ def write_whole(path: Path, about: AboutWhole, tensors: Mapping[str, Tensor]) ->
     """Writes a memory that is a thing of its own.
 
     Args:
-        path: The file; what was there is overwritten as it is written (`pipeline.files.replacing`).
+        path: The file; what was there is overwritten as it is written.
         about: What it is.
-        tensors: By their names in the file, on the host.
+        tensors: By their names in the file.
 
     Raises:
         ValueError: It has more documents than a file may name.
+        OSError: It cannot be written.
     """
     text = about.model_dump_json()
     if len(text) > _ABOUT_WHOLE_BYTES:
         raise ValueError(f"the names of its {len(about.documents):,} documents have {len(text):,} characters")
-    save_file(dict(tensors), path, metadata={_ABOUT: text, _HASH: _hash(text, tensors)})
+    write_tensors(path, tensors, metadata={_ABOUT: text, _HASH: _hash(text, tensors)})
 
 
 class StoredMemory:
