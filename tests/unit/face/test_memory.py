@@ -14,10 +14,14 @@ from pipeline.face.contents import Document
 from pipeline.face.memory import DTYPES, Memory
 from pipeline.memory.bank import BankShape, MemoryBank
 from pipeline.memory.dtypes import quantized
+from pipeline.memory.layer import Geometry
+from pipeline.memory.reader import BankReader, MemoryRead
+from pipeline.memory.segment import Reading, ReadSettings
+from pipeline.positions import PositionEncoding, PositionRule
 from tests.unit.face.memories import KIND, assert_alike, chunks_of, memory_of, one_behind_another
 
 CPU = torch.device("cpu")
-ROUNDING = 2.0**-22  # of a unit, which is a float32
+ROUNDING = 127 * 2.0**-22  # numbers of up to 127 units are divided in float32
 FLOATS = {name: dtype for name, dtype in DTYPES.items() if name != "int8"}
 
 
@@ -81,10 +85,34 @@ def test_a_bank_of_it_is_never_written():
     assert chunks_of(memory) == before and bank.positions.tolist() == [0, 4]
 
 
-def test_an_empty_memory_has_an_empty_bank():
+def read(bank: MemoryBank, query: torch.Tensor, *, start: int, **reading: Any) -> MemoryRead:
+    """Queries `[B, 2, T, 4]` that all read one lane."""
+    geometry = Geometry(PositionEncoding(torch.tensor([1.0, 0.2]), 1.0, None), 0.5)
+    documents = torch.zeros(query.shape[0], query.shape[2], dtype=torch.int64)
+    asked = Reading(start, documents, lane_of_row=torch.zeros(len(query), dtype=torch.int64), **reading)
+    settings = ReadSettings(num_tokens=64, top_k_chunks=2, rule=PositionRule.parse("clamp:16"), window_tokens=8)
+    return BankReader(bank, settings, [geometry] * 2, asked).read(1, query)
+
+
+def test_many_rows_read_what_each_would_read_alone():
+    memory, query = memory_of({"a": 10, "b": 8, "c": 13}), torch.randn(3, 2, 8, 4)
+    before = chunks_of(memory)
+    bank, other = memory.bank(torch.float32, CPU), filled_bank(memory, torch.float32)
+    together = read(bank, query, start=40)
+    assert bool(together.log_sum_exp.isfinite().all())
+    for row in range(3):
+        alone = read(other, query[row : row + 1], start=40)
+        torch.testing.assert_close(together.values[row : row + 1], alone.values)
+    assert chunks_of(memory) == before
+
+
+def test_a_bank_of_no_chunk_gives_nothing_to_read():
     memory = memory_of({"a": 3})
     assert len(memory) == 3 and memory.bank(torch.float32, CPU).end == 0
     assert memory.documents() == [("a", 3, 24)]
+    for visible in (None, torch.ones(2, 16, dtype=torch.bool)):
+        found = read(memory.bank(torch.float32, CPU), torch.randn(2, 2, 4, 4), start=8, visible=visible)
+        assert bool((found.values == 0).all()) and bool((found.log_sum_exp == -torch.inf).all())
 
 
 def test_documents_say_what_is_remembered_and_what_it_takes():

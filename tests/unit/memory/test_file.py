@@ -129,7 +129,9 @@ def test_memory_is_read_a_little_at_a_time(path: Path, monkeypatch: pytest.Monke
         put(self, layer, keys, *args, **kwargs)
 
     monkeypatch.setattr(MemoryBank, "put", note)
-    monkeypatch.setattr(fill_module, "_NUMBERS_AT_ONCE", 4 * 3 * 2 * 2 * 4 + 1)  # of four chunks: heads, lanes, tokens, head
+    monkeypatch.setattr(
+        fill_module, "_NUMBERS_AT_ONCE", 4 * 3 * 2 * 2 * 4 + 1
+    )  # of four chunks: heads, lanes, tokens, head
     load(path, bank)
     assert sizes == [4, 2] * 2
     assert_same(in_slot_order(bank), in_slot_order(source))
