@@ -69,5 +69,9 @@ class CheckpointError(LongMemError):
     """A checkpoint is missing, incomplete, corrupt, or belongs to another run."""
 
 
+class LongMemMemoryError(LongMemError):
+    """A memory is foreign, damaged, or is asked for what it does not hold."""
+
+
 class TrainingError(LongMemError):
     """Training cannot go on: a loss that is not finite, a run folder in use, ranks that disagree."""

@@ -3,29 +3,96 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
 """End of the name of a file that is being written; a process that is killed leaves it."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file's text in one step: readers see the old one or the new, after a crash or an OSError, too."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
+def partial_of(path: Path) -> Path:
+    """What a file is called while it is being written."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replaces a file in one step: readers see the old one or the new, after a crash or an error, too.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Where to write the new one; it takes the old one's place when the `with` ends without an error.
+    """
+    temporary = partial_of(path)
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's text in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def flush_folder(folder: Path) -> None:
+    """Has the disk hold the names in a folder: without it a power loss may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folders on a disk of their own
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def the_only_writer(path: Path) -> Iterator[None]:
+    """Inside, no other process is writing this file (by `replacing`); what a killed one left is taken over.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BlockingIOError: Another one is writing it. A file system without locks lets both: the last one wins.
+    """
+    temporary = partial_of(path)
+    while True:
+        with temporary.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+            if not _is_still(temporary, os.fstat(file.fileno())):
+                continue  # its writer was done between our opening and our lock
+            yield
+            return
+
+
+def _is_still(path: Path, opened: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), opened)
+    except FileNotFoundError:
+        return False
 
 
 def hash_file(

@@ -19,7 +19,8 @@ from pipeline.checkpoint.rank_files import damage_of, rank_file
 from pipeline.distributed.ranks import gather_objects, rank, world_size
 from pipeline.errors import CheckpointError
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.file import Part, fill, open_memory, snapshot
+from pipeline.memory.file import open_memory, snapshot
+from pipeline.memory.fill import Part, fill
 from pipeline.memory.place import ShardPlace
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from pipeline.checkpoint.manifest import DamageError
 from pipeline.config.untrusted import what_is_wrong
-from pipeline.errors import CheckpointError
+from pipeline.errors import LongMemError
 
 
 def rank_file(folder: Path, rank: int, suffix: str = "safetensors") -> Path:
@@ -37,6 +37,6 @@ def damage_of(path: Path) -> Iterator[Path]:
         raise DamageError(f"{path.name} holds something else", got=what_is_wrong(error)) from error
     except (
         OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError,
-        SafetensorError, CheckpointError,
+        SafetensorError, LongMemError,
     ) as error:  # fmt: skip
         raise DamageError(f"{path.name} holds something else", got=f"{type(error).__name__}: {error}") from error

@@ -23,7 +23,7 @@ from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.room import free_bytes
 from pipeline.config.untrusted import read_small, shown
 from pipeline.errors import CheckpointError
-from pipeline.files import write_text
+from pipeline.files import flush_folder, write_text
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"
@@ -90,11 +90,11 @@ class Shelf:
         """Makes what was written to `work`, and is on the disk, the newest checkpoint, and removes old ones."""
         write_text(work / MANIFEST, manifest)
         for parent, _, _ in os.walk(work):
-            _flush_folder(Path(parent))
+            flush_folder(Path(parent))
         if self.place(step).exists():  # only if somebody put it there: a run that goes back puts newer ones aside
             self._rename(self.place(step), f"aside_{step:08d}")
         self._rename(work, self.place(step).name)
-        _flush_folder(self.folder.parent)
+        flush_folder(self.folder.parent)
         self._write(LATEST, self.place(step).name)
         self._prune(step)
 
@@ -168,20 +168,8 @@ class Shelf:
 
     def _rename(self, path: Path, name: str) -> None:
         os.replace(path, self.folder / name)
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
 
     def _write(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)
-        _flush_folder(self.folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Has the disk hold the names in a folder: without it a power loss may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folders on a disk of their own
-            raise
-    finally:
-        os.close(descriptor)
+        flush_folder(self.folder)

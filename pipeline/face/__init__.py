@@ -1,1 +1,1 @@
-"""What users of trained models see and call."""
+"""Hugging Face: LongMem as a model that generates, memory as a thing, and a page that shows what was read."""

@@ -116,7 +116,7 @@ def _pieces(view: LayerView, winners: Winners) -> Iterator[tuple[Tensor | slice,
     num_units, width = winners.slots.shape
     if view.segment.device.type != "cpu":
         return iter([(slice(None), winners)] if num_units else [])
-    return winners.pieces(at_once(num_units * width, view.keys[0].numel(), device="cpu"))
+    return winners.pieces(at_once(num_units * width, view.keys.shape[1:].numel(), device="cpu"))
 
 
 # A function of their own, so that the tokens of one piece are gone when the next one's are fetched.

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.memory.dtypes import within
+
 EMPTY = -1  # position and document of a slot that holds nothing
 MIXED = -2  # document of a chunk whose tokens belong to several documents: invisible under scope `document`
-_LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -81,27 +82,58 @@ class MemoryBank:
         shape: Sizes.
         dtype: Dtype of keys and values.
         device: Where they are kept.
+        layers: What it is made of, where that is there already; None: empty rings.
     """
 
-    def __init__(self, shape: BankShape, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: BankShape, *, dtype: torch.dtype, device: torch.device, layers: Sequence[LayerStore] | None = None
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        rings = (shape.num_kv_heads, shape.num_lanes, shape.num_chunks)
-        whole = (*rings, shape.chunk_size, shape.head_dim)
-        self.layers = [
-            LayerStore(
-                keys=torch.zeros(whole, dtype=dtype, device=device),
-                values=torch.zeros(whole, dtype=dtype, device=device),
-                chunk_keys=torch.zeros((*rings, shape.head_dim), device=device),
-            )
-            for _ in range(shape.num_layers)
-        ]
+        self.is_writable = True
+        self.layers = [self._empty_store() for _ in range(shape.num_layers)] if layers is None else list(layers)
         # Lane position of each slot's first token, the same in all lanes. On the host: it decides which slots a
         # read looks at, and reading it from an accelerator would wait for the accelerator.
         self.positions = np.full(shape.num_chunks, EMPTY, dtype=np.int64)
         self.documents = torch.full((shape.num_lanes, shape.num_chunks), EMPTY, dtype=torch.int64, device=device)
         self.next_slot = 0
+
+    def _empty_store(self) -> LayerStore:
+        shape = self.shape
+        rings = (shape.num_kv_heads, shape.num_lanes, shape.num_chunks)
+        whole = (*rings, shape.chunk_size, shape.head_dim)
+        return LayerStore(
+            keys=torch.zeros(whole, dtype=self.dtype, device=self.device),
+            values=torch.zeros(whole, dtype=self.dtype, device=self.device),
+            chunk_keys=torch.zeros((*rings, shape.head_dim), device=self.device),
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def over(cls, layers: Sequence[tuple[Tensor, Tensor]], *, positions: Tensor, documents: Tensor) -> MemoryBank:
+        """A bank over keys and values that are there already, for reading only: nothing but chunk keys is made.
+
+        Args:
+            layers: Keys and values `[Hkv, B, C, c, D]` of each memory layer, contiguous, all of one dtype and device.
+            positions: Lane position of each chunk, ascending, int64 `[C]`.
+            documents: Documents, int64 `[B, C]`.
+
+        Returns:
+            The bank, full; what would write into it raises.
+        """
+        keys = layers[0][0]
+        num_kv_heads, num_lanes, num_chunks, chunk_size, head_dim = keys.shape
+        shape = BankShape(len(layers), num_lanes, num_kv_heads, head_dim, num_chunks, chunk_size)
+        stores = [LayerStore(key, value, torch.stack([_chunk_keys(head) for head in key])) for key, value in layers]
+        bank = cls(shape, dtype=keys.dtype, device=keys.device, layers=stores)
+        bank.label(positions.cpu(), documents, slots=torch.arange(num_chunks), next_slot=0)
+        bank.is_writable = False
+        return bank
+
+    def _must_be_writable(self) -> None:
+        if not self.is_writable:
+            raise ValueError("this bank is a memory that many may read: it is never written")
 
     @property
     def num_filled(self) -> int:
@@ -125,6 +157,7 @@ class MemoryBank:
         Args:
             next_slot: Where the next chunk is written.
         """
+        self._must_be_writable()
         self.positions.fill(EMPTY)
         self.documents.fill_(EMPTY)
         self.next_slot = next_slot
@@ -140,8 +173,9 @@ class MemoryBank:
             documents: Document of each token, int64 `[B, T]`, not negative.
 
         Raises:
-            ValueError: The segment does not fit the bank (length, layers, order).
+            ValueError: The segment does not fit the bank (length, layers, order), or the bank is for reading only.
         """
+        self._must_be_writable()
         shape = self.shape
         num_tokens = documents.shape[1]
         count = num_tokens // shape.chunk_size
@@ -161,9 +195,9 @@ class MemoryBank:
         tokens = slice(chunks.start * size, chunks.stop * size)
         for store, (key, value) in zip(self.layers, memory, strict=True):
             for target, source in ((store.keys, key), (store.values, value)):
-                if self.dtype == torch.float16:  # whose largest number is 65,504: what is larger stays the largest
-                    source = source.clamp(-_LARGEST_FP16, _LARGEST_FP16)
-                chunked = source[:, :, tokens].unflatten(2, (-1, size)).transpose(0, 1)  # [Hkv, B, chunks, c, D]
+                chunked = (
+                    within(source[:, :, tokens], self.dtype).unflatten(2, (-1, size)).transpose(0, 1)
+                )  # [Hkv, B, chunks, c, D]
                 target[:, :, slots].copy_(chunked)
             # The mean of what is stored, not of what came: a reader can recompute it from the bank.
             store.chunk_keys[:, :, slots] = _chunk_keys(store.keys[:, :, slots])
@@ -226,6 +260,7 @@ class MemoryBank:
             lanes: Which lanes, int64.
             slots: Which slots, int64.
         """
+        self._must_be_writable()
         store, keys = self.layers[index], keys.to(self.device)
         lanes, slots = lanes.to(self.device)[:, None], slots.to(self.device)
         store.keys[:, lanes, slots] = keys

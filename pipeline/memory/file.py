@@ -2,7 +2,13 @@
 
 NAME.safetensors   `positions` `[F]`, ascending, and `documents` `[B, F]`, int64; for each memory layer `i`
                    `keys.i` and `values.i` `[Hkv, B, F, c, D]`, unrotated
-NAME.json          what that is (`About`)
+
+What that is stands beside it or in it:
+
+version 2, a rank's part of a checkpoint: NAME.json (`About`)
+version 3, a memory by itself, of one lane: the file's metadata (`AboutWhole`), with a hash over it and over all that is
+           no key or value. The file also has `tokens` `[F, c]` and `rest` `[< c]`, int64, and where keys and values are
+           int8 their scales, `key_scales.i` and `value_scales.i`, float32 `[Hkv, B, F, c]`
 
 Chunk keys are recomputed. Where a chunk is kept in a bank follows from its place (`Turn`), so a memory can be read by
 other ranks, or into a larger or smaller ring, than it was written from. The first version had no JSON, and its chunks
@@ -13,32 +19,47 @@ Shapes: `B` lanes, `Hkv` key/value heads, `F` chunks of each lane, `c` tokens of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config.untrusted import Typed, parse_json, read_small, shown, what_is_wrong
-from pipeline.errors import CheckpointError
+from pipeline.errors import LongMemMemoryError
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.place import Turn
+from pipeline.memory.writing import write_tensors
 
 VERSION: Literal[2] = 2
+VERSION_WHOLE: Literal[3] = 3
+LONGEST_NAME = 1000
+"""Characters of a document's name."""
 _ABOUT_BYTES = 1 << 16
+_ABOUT_WHOLE_BYTES = 1 << 26  # names of a million documents; a safetensors header ends at 100 MB
 _FAR = 2**53  # beyond what any run reads
 _LARGE = 2**20
-_NUMBERS_AT_ONCE = 2**20  # keys that are read into a bank at once: beside the bank it needs some ten MiB
+_ABOUT, _HASH = "longmem", "sha256"
+_HASHED = ("positions", "documents", "tokens", "rest")
+_Said = TypeVar("_Said", bound="_Sizes")
 
 
-class About(Typed):
-    """What a stored memory says of itself.
+class _Sizes(Typed):
+    format: Literal["longmem memory"] = "longmem memory"
+    chunk_size: int = Field(ge=1, le=_LARGE)
+    num_layers: int = Field(ge=1, le=_LARGE)
+    num_kv_heads: int = Field(ge=1, le=_LARGE)
+    head_dim: int = Field(ge=1, le=_LARGE)
+
+
+class About(_Sizes):
+    """What a rank's part of a memory says of itself.
 
     Attributes:
         format: That it is one.
@@ -50,13 +71,42 @@ class About(Typed):
         head_dim: `D`.
     """
 
-    format: Literal["longmem memory"] = "longmem memory"
     version: Literal[2] = VERSION
-    chunk_size: int = Field(ge=1, le=_LARGE)
     dtype: Literal["float32", "bfloat16", "float16"]
-    num_layers: int = Field(ge=1, le=_LARGE)
-    num_kv_heads: int = Field(ge=1, le=_LARGE)
-    head_dim: int = Field(ge=1, le=_LARGE)
+
+
+class StoredDocument(Typed):
+    """A document of a memory.
+
+    Attributes:
+        name: What it is called; no two are called alike.
+        start: Lane position of its first token.
+        num_tokens: How many were read of it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(max_length=LONGEST_NAME)
+    start: int = Field(ge=0, le=_FAR)
+    num_tokens: int = Field(ge=0, le=_FAR)
+
+
+class AboutWhole(_Sizes):
+    """What a memory that is a thing of its own says of itself, besides what `About` says.
+
+    Attributes:
+        backbone: Hash of the model whose keys and values these are.
+        layers: The layers of it, counted from 1.
+        documents: What was read.
+        end: Lane position after the last token.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[3] = VERSION_WHOLE
+    dtype: Literal["float32", "bfloat16", "float16", "int8"]
+    backbone: str = Field(min_length=1, max_length=_ABOUT_BYTES)
+    layers: list[int] = Field(max_length=_LARGE)
+    documents: list[StoredDocument] = Field(max_length=_LARGE)
+    end: int = Field(ge=0, le=_FAR)
 
 
 @dataclass(frozen=True)
@@ -116,12 +166,30 @@ def snapshot(bank: MemoryBank) -> Snapshot:
     return Snapshot(about_of(bank), tensors)
 
 
+def write_whole(path: Path, about: AboutWhole, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a memory that is a thing of its own.
+
+    Args:
+        path: The file; what was there is overwritten as it is written.
+        about: What it is.
+        tensors: By their names in the file.
+
+    Raises:
+        ValueError: It has more documents than a file may name.
+        OSError: It cannot be written.
+    """
+    text = about.model_dump_json()
+    if len(text) > _ABOUT_WHOLE_BYTES:
+        raise ValueError(f"the names of its {len(about.documents):,} documents have {len(text):,} characters")
+    write_tensors(path, tensors, metadata={_ABOUT: text, _HASH: _hash(text, tensors)})
+
+
 class StoredMemory:
-    """An open memory of either version. Keys and values stay on the disk until they are asked for.
+    """An open memory of any version. Keys and values stay on the disk until they are asked for.
 
     Args:
         file: The open safetensors file.
-        said: What its JSON says; None: it is of the first version.
+        said: What it says that it is; None: it is of the first version.
 
     Attributes:
         about: What it is.
@@ -132,7 +200,7 @@ class StoredMemory:
         ValueError: It contradicts itself.
     """
 
-    def __init__(self, file: Any, said: About | None) -> None:
+    def __init__(self, file: Any, said: About | AboutWhole | None) -> None:
         self._file = file
         self.about = _of_first_version(file) if said is None else said
         positions, documents = file.get_tensor("positions"), file.get_tensor("documents")
@@ -142,6 +210,10 @@ class StoredMemory:
         self._order: Tensor = positions.argsort() if said is None else torch.arange(len(positions))
         self.positions, self.documents = positions[self._order], documents[:, self._order]
         self._check()
+
+    def whole(self) -> dict[str, Tensor]:
+        """All tensors of a version 3 as they lie in the file, which stays mapped: read from it when they are used."""
+        return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118 - no dict
 
     def read(self, index: int, *, lanes: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """Reads keys and values.
@@ -162,14 +234,18 @@ class StoredMemory:
         apart = bool((positions.diff() >= about.chunk_size).all())
         if not apart or not bool(((positions >= 0) & (positions <= _FAR)).all()):
             raise ValueError("the places of its chunks contradict each other")
-        shape = [about.num_kv_heads, *self.documents.shape, about.chunk_size, about.head_dim]
+        tokens = [about.num_kv_heads, *self.documents.shape, about.chunk_size]
+        kinds = {kind: ([*tokens, about.head_dim], about.dtype) for kind in ("keys", "values")}
+        if about.dtype == "int8":
+            kinds |= {kind: (tokens, "float32") for kind in ("key_scales", "value_scales")}
         found = {name for name in self._file.keys() if "." in name}  # noqa: SIM118 - no dict
-        if len(found) != 2 * about.num_layers:
+        if len(found) != len(kinds) * about.num_layers:
             raise ValueError(f"it has {len(found)} tensors of keys and values for {about.num_layers} layers")
-        for name in (f"{kind}.{layer}" for kind in ("keys", "values") for layer in range(about.num_layers)):
-            stored = self._file.get_slice(name)
-            if stored.get_shape() != shape or str(stored[:0].dtype) != f"torch.{about.dtype}":
-                raise ValueError(f"{name} is {stored.get_shape()}, {stored.get_dtype()}, not {shape}, {about.dtype}")
+        for kind, (shape, dtype) in kinds.items():
+            for name in (f"{kind}.{layer}" for layer in range(about.num_layers)):
+                stored = self._file.get_slice(name)
+                if stored.get_shape() != shape or str(stored[:0].dtype) != f"torch.{dtype}":
+                    raise ValueError(f"{name} is {stored.get_shape()}, {stored.get_dtype()}, not {shape}, {dtype}")
 
 
 @contextmanager
@@ -183,100 +259,53 @@ def open_memory(path: Path) -> Iterator[StoredMemory]:
         The memory; it can be read inside the `with`.
 
     Raises:
-        CheckpointError: It is of a version that does not exist yet.
+        LongMemMemoryError: It is of a version that does not exist yet.
         ValueError: It contradicts itself. Other errors of files and of safetensors: it is none.
     """
-    beside = path.with_suffix(".json")
-    said = _said(beside) if beside.exists() else None
     with safe_open(path, framework="pt") as file:
-        yield StoredMemory(file, said)
+        yield StoredMemory(file, _said(path, file))
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some lanes of a stored memory, and the lanes of a bank that they become.
-
-    Attributes:
-        memory: The stored memory.
-        lanes: Its lanes, int64.
-        rows: The bank's, as many.
-    """
-
-    memory: StoredMemory
-    lanes: Tensor
-    rows: Tensor
-
-
-def fill(bank: MemoryBank, parts: Sequence[Part], turn: Turn, *, num_tokens: int) -> None:
-    """Makes a bank what it would be if its rank had read the lanes itself: the same chunks in the same slots.
-
-    Reads some MiB at a time: nothing like a whole layer stands beside the bank.
-
-    Args:
-        bank: The bank; what it held is forgotten.
-        parts: Where the past of its lanes is stored; all of it for each lane, whoever kept it.
-        turn: Which segments of the lanes the bank keeps.
-        num_tokens: `M`, how far back a lane must be there.
-
-    Raises:
-        ValueError: What is stored is of another kind than what the bank holds, or not all of it is there. The bank is
-            as it was.
-    """
-    size, num_chunks = bank.shape.chunk_size, bank.shape.num_chunks
-    for part in parts:
-        if part.memory.about != about_of(bank):
-            raise ValueError(f"the stored memory does not fit a bank of {bank.shape} in {bank.dtype}")
-    stored = torch.cat([part.memory.positions for part in parts]).unique()
-    end = int(stored[-1]) + size if len(stored) else 0
-    oldest = max(0, end - num_tokens)
-    if len(stored) and int(stored[0]) > oldest:
-        raise ValueError(f"the stored memory goes back to token {int(stored[0])} of {end}, not to {oldest}")
-    # Those of its own that the ring has not written over.
-    following, before = (turn.num_before(x, chunk_size=size) for x in (torch.tensor(end), stored))
-    kept = turn.holds(stored) & (before >= following - num_chunks)
-    positions, slots = stored[kept], before[kept] % num_chunks
-    documents = torch.zeros(bank.shape.num_lanes, len(positions), dtype=torch.int64)
-    missing = torch.ones_like(documents, dtype=torch.bool)
-    moves = []
-    for part in parts:
-        chunks = torch.isin(part.memory.positions, positions).nonzero()[:, 0]
-        places = torch.searchsorted(positions, part.memory.positions[chunks])
-        documents[part.rows[:, None], places] = part.memory.documents[part.lanes[:, None], chunks]
-        missing[part.rows[:, None], places] = False
-        moves.append((part, chunks, slots[places]))
-    if bool(missing.any()):
-        raise ValueError(f"the stored memory lacks {int(missing.sum())} chunks that other lanes have")
-    bank.label(positions, documents, slots=slots, next_slot=int(following) % num_chunks)
-    for layer in range(bank.shape.num_layers):
-        for part, chunks, into in moves:
-            _copy(bank, layer, part, chunks=chunks, slots=into)
+def _said(path: Path, file: Any) -> About | AboutWhole | None:
+    metadata, beside = file.metadata() or {}, path.with_suffix(".json")
+    if _ABOUT in metadata:
+        text = metadata[_ABOUT]
+        if len(text) > _ABOUT_WHOLE_BYTES:
+            raise ValueError(f"{path.name} says more than {_ABOUT_WHOLE_BYTES:,} characters of itself")
+        said = _parsed(text, AboutWhole, name=path.name, version=VERSION_WHOLE)
+        if metadata.get(_HASH) != _hash(text, {name: file.get_tensor(name) for name in _HASHED}):
+            raise ValueError(f"{path.name} is not what was written: its hash differs")
+        return said
+    if not beside.exists():
+        return None
+    return _parsed(lambda: read_small(beside, limit=_ABOUT_BYTES), About, name=beside.name, version=VERSION)
 
 
-def _copy(bank: MemoryBank, layer: int, part: Part, *, chunks: Tensor, slots: Tensor) -> None:
-    shape = bank.shape
-    each = shape.num_kv_heads * len(part.rows) * shape.chunk_size * shape.head_dim
-    at_once = max(1, _NUMBERS_AT_ONCE // each)
-    for some, into in zip(chunks.split(at_once), slots.split(at_once), strict=True):
-        keys, values = part.memory.read(layer, lanes=part.lanes, chunks=some)
-        bank.put(layer, keys, values, lanes=part.rows, slots=into)
-
-
-def _said(path: Path) -> About:
+def _parsed(text: str | Callable[[], str], kind: type[_Said], *, name: str, version: int) -> _Said:
     try:
-        content = parse_json(read_small(path, limit=_ABOUT_BYTES))
-        version = content.get("version") if isinstance(content, dict) else None
-        if type(version) is not int or version <= VERSION:
-            return About.model_validate(content)
+        content = parse_json(text if isinstance(text, str) else text())
+        found = content.get("version") if isinstance(content, dict) else None
+        if type(found) is not int or found <= version:
+            return kind.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{path.name}: {what_is_wrong(error)}") from error
+        raise ValueError(f"{name}: {what_is_wrong(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    raise CheckpointError(
-        f"the memory of {path.name} is stored in a newer form",
-        got=f"version {shown(version)}",
-        expected=f"version {VERSION} or an older one",
+        raise ValueError(f"{name}: {error}") from error
+    raise LongMemMemoryError(
+        f"the memory of {name} is stored in a newer form",
+        got=f"version {shown(found)}",
+        expected=f"version {version} or an older one",
         do="read it with the version of LongMem that wrote it",
     )
+
+
+def _hash(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in _HASHED:
+        tensor = tensors[name]
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _of_first_version(file: Any) -> About:

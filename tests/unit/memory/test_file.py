@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import CheckpointError
-from pipeline.memory import file
+from pipeline.errors import LongMemMemoryError
+from pipeline.memory import fill as fill_module
 from pipeline.memory.bank import MIXED, BankShape, MemoryBank
-from pipeline.memory.file import Part, fill, open_memory, snapshot
+from pipeline.memory.file import open_memory, snapshot
+from pipeline.memory.fill import Part, fill
 from pipeline.memory.place import Turn
 from tests.shards import assert_same, in_slot_order
 
@@ -128,7 +129,9 @@ def test_memory_is_read_a_little_at_a_time(path: Path, monkeypatch: pytest.Monke
         put(self, layer, keys, *args, **kwargs)
 
     monkeypatch.setattr(MemoryBank, "put", note)
-    monkeypatch.setattr(file, "_NUMBERS_AT_ONCE", 4 * 3 * 2 * 2 * 4 + 1)  # of four chunks: heads, lanes, tokens, head
+    monkeypatch.setattr(
+        fill_module, "_NUMBERS_AT_ONCE", 4 * 3 * 2 * 2 * 4 + 1
+    )  # of four chunks: heads, lanes, tokens, head
     load(path, bank)
     assert sizes == [4, 2] * 2
     assert_same(in_slot_order(bank), in_slot_order(source))
@@ -142,5 +145,5 @@ def test_a_newer_form_is_refused_in_words(path: Path) -> None:
         "the memory of mine.json is stored in a newer form; got: version 3; expected: version 2 or an older one; "
         "do: read it with the version of LongMem that wrote it"
     )
-    with pytest.raises(CheckpointError, match=words), open_memory(path):
+    with pytest.raises(LongMemMemoryError, match=words), open_memory(path):
         pass
