@@ -98,6 +98,7 @@ def test_attention_is_the_models_own(family: str) -> None:
 MISTAKES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "parts read as heads": ("gpt2", {"fused": "heads"}),
+        "parts of fewer keys read as heads": ("phi3", {"fused": "heads"}),
         "heads read as parts": ("gpt_neox", {"fused": "parts"}),
         "key and value exchanged": ("llama", {"projections": ("q_proj", "v_proj", "k_proj")}),
         "norms forgotten": ("qwen3", {"norms": ()}),
@@ -108,6 +109,7 @@ MISTAKES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "rotary read as ALiBi": ("phi3", {"positions": "alibi"}),
         "ALiBi read as learned": ("bloom", {"positions": "learned"}),
         "learned read as ALiBi": ("opt", {"positions": "alibi"}),
+        "a projection of another name": ("phi3", {"projections": ("query_key_value",)}),
         "another output projection": ("phi3", {"output": "qkv_proj"}),
     }
 )
@@ -118,7 +120,7 @@ def test_a_wrong_entry_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) ->
     name, wrong = MISTAKES[mistake]
     entry: Family = replace(TABLE[name], **wrong)
     monkeypatch.setattr(backbone_module, "family_of", lambda config: entry)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, AttributeError, RuntimeError)):
         check_attention(tiny_model(name))
 
 
