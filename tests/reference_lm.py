@@ -155,7 +155,7 @@ class Reference:
                 rope["rope_theta"], self.dim, rope["factor"], rope["original_max_position_embeddings"]
             )
             return Attention(scale, frequencies, factor, window=window)
-        turned = int(self.dim * rope.get("partial_rotary_factor", 1.0)) if self.kind == "gpt_neox" else self.dim
+        turned = int(self.dim * rope.get("partial_rotary_factor", 1.0))
         frequencies = [rope["rope_theta"] ** (-2 * i / turned) for i in range(turned // 2)]
         return Attention(scale, frequencies, window=window)
 
@@ -177,6 +177,14 @@ class Reference:
                     cut[part].append(x @ module.weight[rows].T + module.bias[rows])
             return torch.stack(cut[0], 1), torch.stack(cut[1], 1), torch.stack(cut[2], 1)
         attention = layer.self_attn
+        if self.kind == "phi3":  # all queries, fewer keys, as many values
+            whole, first = _linear(attention.qkv_proj, x), self.heads * self.dim
+            last = first + self.config.num_key_value_heads * self.dim
+            return self._heads(whole[..., :first]), self._heads(whole[..., first:last]), self._heads(whole[..., last:])
+        if self.kind == "olmo2":  # norms over all heads together
+            q = self._norm(_linear(attention.q_proj, x), attention.q_norm)
+            k = self._norm(_linear(attention.k_proj, x), attention.k_norm)
+            return self._heads(q), self._heads(k), self._heads(_linear(attention.v_proj, x))
         q, k, v = (self._heads(_linear(m, x)) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
         if self.kind in ("qwen3", "gemma3_text"):
             q, k = self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)
@@ -202,6 +210,9 @@ class Reference:
         if self.kind == "opt":
             x = x + attended(layer.self_attn_layer_norm(x), layer.self_attn.out_proj)
             return x + _linear(layer.fc2, torch.relu(_linear(layer.fc1, layer.final_layer_norm(x))))
+        if self.kind == "olmo2":  # norms after what they belong to
+            x = x + self._norm(attended(x, layer.self_attn.o_proj), layer.post_attention_layernorm)
+            return x + self._norm(layer.mlp(x), layer.post_feedforward_layernorm)
         mixed = attended(self._norm(x, layer.input_layernorm), layer.self_attn.o_proj)
         if self.kind == "gemma3_text":
             x = x + self._norm(mixed, layer.post_attention_layernorm)

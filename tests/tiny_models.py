@@ -16,7 +16,9 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -37,10 +39,11 @@ _SIZES: Mapping[str, Any] = MappingProxyType(
         "pad_token_id": None,
     }
 )
-_GATED: Mapping[str, Any] = MappingProxyType(
+GATED: Mapping[str, Any] = MappingProxyType(
     {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": MAX_TOKENS}
 )
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_HALF_ROTARY = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
 
 
 def _layered(layers: int) -> dict[str, Any]:
@@ -51,13 +54,15 @@ def _layered(layers: int) -> dict[str, Any]:
 
 _CONFIGS: Mapping[str, Callable[[int], PreTrainedConfig]] = MappingProxyType(
     {
-        "llama": lambda n: LlamaConfig(**_GATED, num_hidden_layers=n, attention_bias=True),
-        "mistral": lambda n: MistralConfig(**_GATED, num_hidden_layers=n, sliding_window=None),
-        "qwen2": lambda n: Qwen2Config(**_GATED, num_hidden_layers=n),
-        "qwen3": lambda n: Qwen3Config(**_GATED, num_hidden_layers=n, head_dim=12),
+        "llama": lambda n: LlamaConfig(**GATED, num_hidden_layers=n, attention_bias=True),
+        "mistral": lambda n: MistralConfig(**GATED, num_hidden_layers=n, sliding_window=None),
+        "qwen2": lambda n: Qwen2Config(**GATED, num_hidden_layers=n),
+        "qwen3": lambda n: Qwen3Config(**GATED, num_hidden_layers=n, head_dim=12),
         "gemma3_text": lambda n: Gemma3TextConfig(
-            **_GATED, **_layered(n), head_dim=16, query_pre_attn_scalar=6, final_logit_softcapping=3.0
+            **GATED, **_layered(n), head_dim=16, query_pre_attn_scalar=6, final_logit_softcapping=3.0
         ),
+        "olmo2": lambda n: Olmo2Config(**GATED, num_hidden_layers=n),
+        "phi3": lambda n: Phi3Config(**GATED, num_hidden_layers=n, rope_parameters=_HALF_ROTARY),
         "gpt2": lambda n: GPT2Config(**_SIZES, num_hidden_layers=n, max_position_embeddings=MAX_TOKENS),
         "gpt_neox": lambda n: GPTNeoXConfig(
             **_SIZES, num_hidden_layers=n, intermediate_size=48, rotary_pct=0.5, max_position_embeddings=MAX_TOKENS
@@ -71,9 +76,10 @@ _CONFIGS: Mapping[str, Callable[[int], PreTrainedConfig]] = MappingProxyType(
             max_position_embeddings=MAX_TOKENS,
         ),
         # The same families with settings that change the arithmetic of attention.
-        "llama-yarn": lambda n: LlamaConfig(**_GATED, num_hidden_layers=n, rope_parameters=_YARN),
-        "mistral-window": lambda n: MistralConfig(**_GATED, num_hidden_layers=n, sliding_window=WINDOW),
-        "qwen2-window": lambda n: Qwen2Config(**_GATED, **_layered(n), use_sliding_window=True),
+        "llama-yarn": lambda n: LlamaConfig(**GATED, num_hidden_layers=n, rope_parameters=_YARN),
+        "mistral-window": lambda n: MistralConfig(**GATED, num_hidden_layers=n, sliding_window=WINDOW),
+        "phi3-window": lambda n: Phi3Config(**GATED, num_hidden_layers=n, sliding_window=WINDOW),
+        "qwen2-window": lambda n: Qwen2Config(**GATED, **_layered(n), use_sliding_window=True),
         "gpt2-layer-scale": lambda n: GPT2Config(
             **_SIZES, num_hidden_layers=n, max_position_embeddings=MAX_TOKENS, scale_attn_by_inverse_layer_idx=True
         ),
@@ -88,8 +94,8 @@ _CONFIGS: Mapping[str, Callable[[int], PreTrainedConfig]] = MappingProxyType(
     }
 )
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "bloom", "opt")
 VARIANTS = tuple(_CONFIGS)  # the families, and more of some
+FAMILIES = tuple(name for name in VARIANTS if "-" not in name)
 
 
 def tiny_model(family: str, *, layers: int = 4, seed: int = 0) -> PreTrainedModel:
@@ -100,7 +106,11 @@ def tiny_model(family: str, *, layers: int = 4, seed: int = 0) -> PreTrainedMode
         layers: Number of layers.
         seed: Of the parameters.
     """
-    config = _CONFIGS[family](layers)
+    return drawn(_CONFIGS[family](layers), seed=seed)
+
+
+def drawn(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """A causal LM like `tiny_model`, of any configuration."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -109,7 +119,7 @@ def tiny_model(family: str, *, layers: int = 4, seed: int = 0) -> PreTrainedMode
             if parameter.dim() == 1:
                 parameter.add_(0.2 * noise)
             elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(noise / (config.hidden_size**0.5 if family == "gemma3_text" else 1.0))
+                parameter.copy_(noise / (config.hidden_size**0.5 if config.model_type.startswith("gemma") else 1.0))
             else:  # twice the usual size, so that attention is far from uniform
                 parameter.copy_(noise * 2 / min(parameter.shape) ** 0.5)
     return model

@@ -180,7 +180,7 @@ class Backbone(nn.Module):
 
     def _split(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         outputs = [self._projected[layer, name] for name in self.family.hooked]
-        return self.family.split(outputs, self.head_dim)
+        return self.family.split(outputs, num_heads=self.num_heads, head_dim=self.head_dim)
 
     def _register(self) -> None:
         modules = self.layers

@@ -31,8 +31,10 @@ class Family:
         attention: Name of the attention module in a layer.
         output: Name of the output projection in the attention module.
         projections: Names of the modules whose outputs hold q, k, v, in this order; one name if they are fused.
-        fused: How a fused output is cut: `heads` (`[H, 3, D]`) or `thirds` (`[3, H, D]`).
-        norms: Names of the query norm and key norm that come before the rotary embedding, if any.
+        fused: How a fused output is cut: `heads` (q, k, v of one head, then of the next: `[H, 3, D]`) or `parts` (all
+            queries, all keys, all values: `[H + 2 Hkv, D]`).
+        norms: Names of the query norm and key norm that come before the rotary embedding, if any; over one head each,
+            or over the whole projection.
         norm_heads_first: Whether those norms see `[B, H, T, D]` rather than `[B, T, H, D]`.
         positions: `rotary`, `alibi` or `learned`.
         unsupported: Configuration values that change the arithmetic in ways this table does not cover:
@@ -58,11 +60,12 @@ class Family:
             return (*self.norms, self.projections[2])
         return self.projections
 
-    def split(self, outputs: Sequence[Tensor], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, outputs: Sequence[Tensor], *, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cuts the outputs of the `hooked` modules into heads.
 
         Args:
             outputs: One tensor for each name in `hooked`.
+            num_heads: `H`.
             head_dim: `D`.
 
         Returns:
@@ -70,15 +73,13 @@ class Family:
         """
         if self.fused == "heads":
             query, key, value = outputs[0].unflatten(-1, (-1, 3, head_dim)).unbind(-2)  # of [B, T, H, 3, D]
-        elif self.fused == "thirds":
-            query, key, value = outputs[0].unflatten(-1, (3, -1, head_dim)).unbind(-3)  # of [B, T, 3, H, D]
-        elif self.norms:
-            value = outputs[2].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
+        elif self.fused == "parts":
+            heads = outputs[0].unflatten(-1, (-1, head_dim))  # [B, T, H + 2 Hkv, D]
+            query, key, value = heads.tensor_split((num_heads, (num_heads + heads.shape[2]) // 2), dim=2)
+        else:  # what comes from the norm of one head is cut already
+            query, key, value = (x if x.dim() == 4 else x.unflatten(-1, (-1, head_dim)) for x in outputs)
             if self.norm_heads_first:
-                return outputs[0], outputs[1], value.transpose(1, 2)
-            query, key = outputs[0], outputs[1]
-        else:
-            query, key, value = (output.unflatten(-1, (-1, head_dim)) for output in outputs)
+                return query, key, value.transpose(1, 2)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # from [B, T, H or Hkv, D]
 
 
@@ -89,6 +90,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mistral": _ROTARY,
         "qwen2": _ROTARY,
         "qwen3": Family(norms=("q_norm", "k_norm")),
+        "olmo2": Family(norms=("q_norm", "k_norm")),
+        "phi3": Family(projections=("qkv_proj",), fused="parts"),
         "gemma3_text": Family(
             norms=("q_norm", "k_norm"),
             norm_heads_first=True,
@@ -101,7 +104,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             attention="attn",
             output="c_proj",
             projections=("c_attn",),
-            fused="thirds",
+            fused="parts",
             positions="learned",
             unsupported=(("add_cross_attention", (False,)),),
         ),

@@ -137,7 +137,7 @@ def shape_of(config: Any) -> BackboneShape:
     head, embedding = backbone.head, backbone.model.get_input_embeddings()
     inner = [getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim")]
     activation = getattr(config, "activation_function", getattr(config, "hidden_act", ""))
-    is_gated = any(name.endswith("gate_proj") for name, _ in backbone.layers[0].named_modules())
+    is_gated = any("gate_" in name for name, _ in backbone.layers[0].named_modules())
     return BackboneShape(
         hidden_size=backbone.hidden_size,
         num_heads=backbone.num_heads,

@@ -224,7 +224,8 @@ class Sizes:
         saved = 2 * self._saved_by_norm() + number * (2 * heads + 2 * kv_heads + shape.mlp_saved * shape.mlp_size)
         cast = number if number < FP32 else 0
         if shape.is_fused and shape.positions == "rotary":
-            saved += number * 2 * heads  # values are a view of the fused output, which stays beside the rotated copies
+            # Values are a view of the fused output, which stays beside the rotated copies.
+            saved += number * (heads + kv_heads)
         if self.config.backbone.attention == "eager" or shape.keeps_attention:
             saved += shape.num_heads * self.config.train.segment_tokens * (FP32 + cast)
         if not reads_memory or not self.config.memory.enabled:

@@ -82,7 +82,7 @@ class MemoryFusion(nn.Module):
         sink_rule: PositionRule,
     ) -> None:
         super().__init__()
-        self.index, self.family, self.head_dim = index, family, head_dim
+        self.index, self.family, self.head_dim, self.num_heads = index, family, head_dim, num_heads
         self.local, self.encoding, self.fusion, self.sink_rule = local, encoding, fusion, sink_rule
         self.gate = nn.Parameter(torch.full((num_heads,), gate_init))
         self.reader: MemoryReader | None = None
@@ -112,7 +112,7 @@ class MemoryFusion(nn.Module):
             if not self._is_open:
                 return None
             outputs = [self._outputs.pop(name) for name in self.family.hooked]
-            query, key, _ = self.family.split(outputs, self.head_dim)
+            query, key, _ = self.family.split(outputs, num_heads=self.num_heads, head_dim=self.head_dim)
             local = args[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             fused = self.fuse(local, query, key, self.reader)
             return (fused.transpose(1, 2).flatten(2), *args[1:])  # [B, T, H * D]

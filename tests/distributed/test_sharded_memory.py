@@ -48,6 +48,8 @@ CASES: Mapping[str, Case] = {
     "paper_residual": deep("llama", position="none", sidenet={"fusion": "gate", "residual": "paper", "num_layers": 2}),
     "alibi": deep("bloom", position="clamp:40", token_seed=2),
     "query_norms": deep("qwen3", position="true", token_seed=1),
+    "norms_of_all_heads": deep("olmo2", position="true", token_seed=2),
+    "one_projection": deep("phi3", position="true", token_seed=7),
     "faiss": deep(position="clamp:40", search="faiss", vocabulary=3, token_seed=4),
     "odd_memory": deep(tokens=44, position="true", chunk_size=2, token_seed=7),
     "memory_of_one_segment": deep(tokens=16, position="clamp:8", token_seed=1),

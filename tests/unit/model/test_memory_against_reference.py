@@ -25,15 +25,7 @@ SEGMENT = 12
 ALL = 80.0  # a gate that leaves nothing to the other side, however far apart the logits are
 RULES = ["none", "true", "fixed:9", "clamp:14"]  # 14 falls inside a chunk for most queries
 WITHOUT_WINDOW_OR_LEARNED_POSITIONS = [
-    "llama",
-    "llama-yarn",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gpt_neox",
-    "gpt_neox-serial",
-    "bloom",
-    "bloom-6-heads",
+    name for name in VARIANTS if not name.endswith("-window") and not name.startswith(("gemma3_text", "gpt2", "opt"))
 ]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import GraniteConfig
 
+from pipeline.backbone import backbone as backbone_module
+from pipeline.backbone.families import FAMILIES, Family
 from tests.reference import ReferenceSideNet
 from tests.reference_lm import Reference
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
-from tests.tiny_models import VARIANTS, tiny_model
+from tests.tiny_models import GATED, VARIANTS, drawn, tiny_model
 
 # Logits are of size 2 to 6; adding differences of taps rounds otherwise than the backbone's own sums, and the random
 # layers magnify that. A wrong layer, tap or mask is off by more than 0.1.
@@ -38,6 +43,25 @@ def test_untrained_without_memory_is_the_backbone(family: str, layout: str, num_
     torch.testing.assert_close(side.logits(tokens, memory=False), expected, atol=FP32_TOLERANCE, rtol=0)
     # An empty memory is no memory, to the last bit.
     assert torch.equal(side.logits(tokens, start=0), side.logits(tokens, memory=False))
+
+
+def test_a_wrong_final_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(FAMILIES["gpt_neox"], norm="emb_dropout")
+    monkeypatch.setattr(backbone_module, "family_of", lambda config: entry)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        test_untrained_without_memory_is_the_backbone("gpt_neox", "top", None)
+
+
+@pytest.mark.parametrize(("scaling", "is_seen"), [(1.0, False), (3.0, True)])
+def test_logits_that_are_scaled_are_seen(scaling: float, is_seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite divides its logits; its factors on embeddings and residuals lie inside the layers and need no word."""
+    monkeypatch.setattr(backbone_module, "family_of", lambda config: Family())
+    factors = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+    model = drawn(GraniteConfig(**GATED, **factors, num_hidden_layers=4, logits_scaling=scaling))
+    tokens = tiny_tokens((2, 16))
+    with torch.no_grad():
+        found, expected = TinyLongMem(model).logits(tokens, memory=False), model(tokens).logits
+    assert torch.allclose(found, expected, atol=FP32_TOLERANCE, rtol=0) != is_seen
 
 
 @pytest.mark.parametrize("family", VARIANTS)

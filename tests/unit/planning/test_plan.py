@@ -306,7 +306,7 @@ class _Saved:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox", "opt", "bloom", "phi3"])
 @pytest.mark.parametrize("fusion", ["gate", "joint"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_autograd_keeps(family, fusion, precision):
@@ -339,7 +339,9 @@ def test_known_shapes_have_their_known_sizes(name, parameters, tied):
     assert shape.head_is_tied is tied
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen3", "gemma3_text", "phi3", "olmo2"]
+)
 def test_a_shape_counts_the_parameters_of_its_model(family):
     model = tiny_model(family)
     assert sum(shape_of(model.config).parameters) == sum(parameter.numel() for parameter in model.parameters())
