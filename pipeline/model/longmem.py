@@ -116,6 +116,11 @@ class LongMem:
         """Where tokens go and hidden states come from."""
         return next(self.sidenet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return next(self.sidenet.parameters()).dtype
+
     def bank(self, num_lanes: int, *, num_tokens: int | None = None, group_size: int = 1) -> MemoryBank:
         """Makes an empty bank, one rank's shard of it.
 
@@ -252,7 +257,6 @@ class LongMem:
         """Cross-entropy of every token by the backbone alone, nats, float32 `[B, T]`; arguments as in `losses`."""
         return self.losses(self.backbone_hidden(encoding), targets)
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits by the backbone's LM head.
 

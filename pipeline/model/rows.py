@@ -73,7 +73,8 @@ class Rows:
                 found.append(hidden[:, max(0, length - wanted - at) :])
             at += piece.shape[1]
         if not found:
-            return torch.zeros(len(self.rows), 0, self.model.backbone.hidden_size, device=tokens.device)
+            size = (len(self.rows), 0, self.model.backbone.hidden_size)
+            return torch.zeros(size, dtype=self.model.dtype, device=tokens.device)
         return torch.cat(found, dim=1)
 
     def chosen(self, index: Tensor) -> Rows:
@@ -86,6 +87,18 @@ class Rows:
         chosen.past = rows_of_past(self.past, index, max(chosen.open.num_tokens))
         chosen._readers = self._readers
         return chosen
+
+    def apart(self) -> list[Rows]:
+        """Each row alone; what several remember in common is not added to any more."""
+        for row in self.rows:
+            shared = [sum(source in other.sources for other in self.rows) > 1 for source in row.sources]
+            pairs = list(zip(row.sources, shared, strict=True))
+            row.sources = tuple(replace(source, is_open=source.is_open and not many) for source, many in pairs)
+        numbers = torch.arange(len(self.rows), device=self.model.device)
+        alone = [self.chosen(number) for number in numbers.split(1)]
+        for each in alone:
+            each._readers = {}
+        return alone
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:

@@ -1,0 +1,135 @@
+"""What `generate` and `forward` cannot do, said before anything is worked out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError
+
+_TRIES_OUT = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+def check_ids(ids: Any, vocab_size: int) -> None:
+    """Makes sure that something is a batch of token ids.
+
+    Args:
+        ids: Should be int `[B, n]`.
+        vocab_size: `V`.
+
+    Raises:
+        DataError: It is not, is empty, or holds an id outside the vocabulary.
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        got = f"{tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise DataError(
+            "these are no token ids", got=got, expected="whole numbers [rows, tokens]", do="use a tokenizer"
+        )
+    if ids.numel() == 0:
+        raise DataError(
+            "the prompt is empty",
+            got=f"{list(ids.shape)}",
+            expected="at least one token a row",
+            do="begin with a token",
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            "a token id is outside the vocabulary",
+            got=low if low < 0 else high,
+            expected=f"0 to {vocab_size - 1}",
+            do="use the backbone's own tokenizer",
+        )
+
+
+def check_mask(mask: Tensor | None, ids: Tensor) -> None:
+    """Makes sure that prompts are padded on the left.
+
+    Args:
+        mask: As a tokenizer makes it, `[B, n]`, or None.
+        ids: `[B, n]`.
+
+    Raises:
+        DataError: It belongs to other ids, a row has no token, or one is padded on the right.
+    """
+    if mask is None:
+        return
+    if mask.shape[0] != ids.shape[0] or mask.shape[1] < ids.shape[1]:
+        raise DataError("the attention mask does not fit the tokens", got=list(mask.shape), expected=list(ids.shape))
+    there = mask.bool()
+    if not bool(there.any(dim=1).all()):
+        row = int((~there.any(dim=1)).nonzero()[0])
+        raise DataError("a prompt is empty", got=f"row {row} is all padding", do="leave it out, or begin with a token")
+    if not bool(there[:, -1].all()):
+        row = int((~there[:, -1]).nonzero()[0])
+        raise DataError(
+            "prompts are padded on the right: what is generated would follow the padding",
+            got=f"the last token of row {row} is padding",
+            expected="padding on the left",
+            do='set tokenizer.padding_side = "left"',
+        )
+
+
+def check_ways(asked: dict[str, Any], config: Any) -> None:
+    """Makes sure that a way of decoding needs nothing taken back, and no cache of another kind.
+
+    Args:
+        asked: Arguments of `generate`.
+        config: The generation configuration.
+
+    Raises:
+        DataError: It does.
+    """
+    for name in _TRIES_OUT:
+        if asked.get(name) or getattr(config, name, None):
+            raise DataError(
+                "decoding that tries tokens out is not supported: what was read cannot be taken back",
+                got=name,
+                expected="greedy decoding, sampling or beams",
+                do=f"leave {name} out",
+            )
+    kind = asked.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    if kind not in (None, "dynamic"):
+        raise DataError(
+            "a LongMem brings its own cache",
+            got=f"cache_implementation {kind!r}",
+            do="leave it out: the cache is bounded by a segment and what is remembered",
+        )
+    if asked.get("inputs_embeds") is not None:
+        raise DataError("a LongMem reads tokens", got="inputs_embeds", expected="input_ids", do="give token ids")
+
+
+def check_length(num_tokens: int, most: int) -> None:
+    """Makes sure that nothing of a prompt is forgotten before it is answered.
+
+    Args:
+        num_tokens: Of the longest row.
+        most: Tokens of memory and of a segment.
+
+    Raises:
+        DataError: It is longer.
+    """
+    if num_tokens > most:
+        raise DataError(
+            "the prompt is longer than memory and window: its begin would be forgotten before it is answered",
+            got=f"{num_tokens:,} tokens",
+            expected=f"at most {most:,}",
+            do="memorize() the text, which keeps its end, or load the model with more memory: "
+            'from_pretrained(..., settings={"memory": {"tokens": ...}})',
+        )
+
+
+def own_tokens(mask: Tensor | None, ids: Tensor) -> int:
+    """Tokens of the row that has most."""
+    return ids.shape[1] if mask is None else int(mask.bool().sum(dim=1).max())
+
+
+def there(mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Which of the newest tokens there are: a mask of them, or of the whole stream, bool `[B, q]`; None: all."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise DataError("the attention mask is no mask of tokens", got=list(mask.shape), expected="[rows, tokens]")
+    return mask[:, -num_tokens:].to(torch.bool)
