@@ -15,7 +15,8 @@ def main() -> None:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; do: pip install -r requirements-lm-eval.txt -c constraints.txt")
+        do = "pip install -r requirements-lm-eval.txt -c constraints.txt; without a checkout: pip install lm-eval"
+        sys.exit(f"error: {error}; do: {do}")
     from lm_eval.__main__ import cli_evaluate
 
     import eval.adapters.lm_eval  # noqa: F401

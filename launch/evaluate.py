@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import run_program
 from pipeline.config.output import readers_may_leave
@@ -57,5 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         evaluate(asked)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-evaluate`."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    program()

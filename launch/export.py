@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import explained
 from pipeline.checkpoint.export import export
@@ -26,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{export(options.checkpoint, options.output)} -> {options.output}")
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-export`."""
     with explained():
         main()
+
+
+if __name__ == "__main__":
+    program()

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import explained
 from pipeline.config.load import load_config
@@ -57,6 +58,11 @@ def _gib(text: str) -> float:
     return value
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-plan`."""
     with explained():
         main()
+
+
+if __name__ == "__main__":
+    program()

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.backbone.convert import convert_gguf, find_gguf, find_packaged_gguf
 from pipeline.errors import LongMemError
 
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / ".cache" / "longmem" / "smollm2-135m"
+DEFAULT_OUTPUT = Path(".cache") / "longmem" / "smollm2-135m"  # where configs/quickstart.yaml looks for it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,5 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-prepare-backbone`."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    program()

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.data.ending import StopSignals, ignore_signals
 from pipeline.errors import LongMemError
@@ -62,7 +63,6 @@ def _say(words: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py",
         description="Tokenize documents once, into the store that data.path names. Inputs: folders (searched to any "
         "depth, through symbolic links too; hidden files and folders are passed over), .txt files (one document each, "
         "UTF-8), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (field 'text').",
@@ -141,7 +141,12 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-prepare-data`."""
     status = main()
     ignore_signals()
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    program()

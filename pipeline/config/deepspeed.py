@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.config.shipped import find_file, looked_in
 from pipeline.config.untrusted import parse_json, read_small, short, shown
 from pipeline.config.world import check_world
 from pipeline.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NEVER_PRINT = 1_000_000_000
 FOREIGN_SECTIONS = {
     "optimizer": "the optimizer is built from train.*; do: remove the section",
@@ -127,15 +126,11 @@ def _autos(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _find(name: str, setting: str) -> Path:
-    for path in (Path(name), REPOSITORY / name):
-        if os.path.lexists(path):
-            return path
-    raise ConfigError(
-        [
-            f"{setting} names a file that does not exist; got: {short(name)}; looked in: {Path.cwd()} and "
-            f"{REPOSITORY}; do: name one of ds_configs/*.json"
-        ]
-    )
+    path = find_file(name)
+    if path is None:
+        words = f"got: {short(name)}{looked_in(name)}; do: name one of ds_configs/*.json"
+        raise ConfigError([f"{setting} names a file that does not exist; {words}"])
+    return path
 
 
 def _read_json(path: Path, setting: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.config.output import readers_may_leave
 from pipeline.config.reference import help_text
 from pipeline.config.rules import rule_problems
 from pipeline.config.schema import Config
+from pipeline.config.shipped import find_file, looked_in
 from pipeline.config.untrusted import read_small, short, shown
 from pipeline.config.yaml_text import read_yaml, write_yaml
 from pipeline.errors import ConfigError
@@ -44,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file and lay single settings over it.
 
     Args:
-        path: YAML file.
+        path: YAML file; a relative one is looked for in the working folder, then among the shipped ones.
         overrides: `--section.key value` or `--section.key=value`, in any number; the last one of a field counts.
 
     Returns:
@@ -54,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read, or anything in it or in the overrides is wrong; names all problems.
     """
     problems: list[str] = []
-    sections, broken_sections = _known_sections(_read_mapping(Path(path)), problems)
+    sections, broken_sections = _known_sections(_read_mapping(find_file(path) or Path(path)), problems)
     _apply_overrides(sections, overrides, problems)
     config = _validate(sections, broken_sections, problems)
     if config is None or problems:
@@ -122,7 +123,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         value = read_yaml(read_small(path, limit=_FILE_BYTES, may_be_pipe=True))
     except FileNotFoundError:
-        raise refuse("the file does not exist; do: check --config, configs/ holds examples") from None
+        raise refuse(f"the file does not exist{looked_in(path)}; do: check --config, configs/ holds examples") from None
     except OSError as error:
         raise refuse(f"the file cannot be read: {error.strerror}{advice}") from None
     except UnicodeDecodeError as error:

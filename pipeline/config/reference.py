@@ -6,14 +6,16 @@ import textwrap
 from collections.abc import Iterator
 
 from pipeline.config.fields import Setting, all_settings, section_models
+from pipeline.config.shipped import SHIPPED
 
 HELP_HEAD = """\
-usage: launch/train.py --config FILE [--section.key value ...]
+usage: longmem-train, or launch/train.py, --config FILE [--section.key value ...]
 
 A value on the command line wins over the file, the file over the defaults. Lists are written [1, 2], nothing as null.
 
   --config FILE
-      YAML file with the settings below; configs/ holds examples.
+      YAML file with the settings below. Examples:
+      {examples}
   --help
       Print this text.
 """
@@ -53,7 +55,7 @@ The files may write `"auto"` there or leave it out; another number is refused. S
 
 def help_text() -> str:
     """All settings for the terminal, at most 120 columns wide."""
-    parts = [HELP_HEAD]
+    parts = [HELP_HEAD.format(examples=SHIPPED / "configs")]
     for section, summary, settings in _by_section():
         parts.append(f"\n{section}: {summary}\n")
         for setting in settings:

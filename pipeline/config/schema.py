@@ -59,7 +59,7 @@ class BackboneConfig(Section):
     """Tokens of a lane before each segment that the backbone reads again with it, so that what is remembered of its
     first tokens knows what came before. Wants `memory.sink`. 0: each segment is encoded alone (the paper)."""
     deepspeed: Text = "ds_configs/backbone_zero3_inference.json"
-    """DeepSpeed JSON of the frozen engine (ZeRO stage 3), relative to the current folder or the repository."""
+    """DeepSpeed JSON of the frozen engine (ZeRO stage 3), in the current folder or among those shipped."""
 
 
 class DataConfig(Section):
@@ -113,7 +113,7 @@ class TrainConfig(Section):
     histogram_every_steps: StepsOrZero = 50
     """Optimizer steps between TensorBoard histograms (gates, age of what is retrieved); 0 writes none."""
     deepspeed: Text = "ds_configs/sidenet_zero2.json"
-    """DeepSpeed JSON of the training engine (ZeRO stage 2), relative to the current folder or the repository."""
+    """DeepSpeed JSON of the training engine (ZeRO stage 2), in the current folder or among those shipped."""
 
 
 class CheckpointConfig(Section):

@@ -11,7 +11,17 @@ from pathlib import Path
 from pipeline.files import write_text
 
 VERSIONS_NAME = "versions.json"
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "datasets", "faiss-cpu", "faiss-gpu", "tensorboard")
+PACKAGES = (
+    "longmem-deepspeed",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "numpy",
+    "datasets",
+    "faiss-cpu",
+    "faiss-gpu",
+    "tensorboard",
+)
 
 
 def write_versions(folder: Path) -> Path:
@@ -26,12 +36,26 @@ def write_versions(folder: Path) -> Path:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit's hash, with `-dirty` behind it if tracked files were changed; None without git or a working tree."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit's hash, with `-dirty` behind it if tracked files were changed.
+
+    Args:
+        folder: A folder of the working tree.
+
+    Returns:
+        None without git, and where no file of the folder is tracked: an environment may lie in another working tree.
+    """
+    tracked = ["ls-files", "--error-unmatch", "."]
+    commit = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        _git(folder, tracked)
+        return _git(folder, commit)
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, words: list[str]) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def _version(package: str) -> str | None:

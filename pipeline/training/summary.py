@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def summary(folder: Path) -> str:
         speed = statistics.median(record["tokens_per_second"] for record in records)
         lines.append(f"training: {records[-1]['step']} steps, median {speed:,.0f} tokens/s")
     lines.append(f"run folder: {folder}")
-    lines.append(f"see it with: .venv/bin/tensorboard --logdir {folder / TENSORBOARD_NAME}")
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    lines.append(f"see it with: {tensorboard} --logdir {folder / TENSORBOARD_NAME}")
     return "\n".join(lines)
 
 

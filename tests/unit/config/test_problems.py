@@ -13,6 +13,7 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config, DataConfig
+from pipeline.config.shipped import SHIPPED
 from pipeline.errors import ConfigError
 
 Make = Callable[..., Config]
@@ -140,6 +141,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(ConfigError, match=r"config.yaml has 1 .*\n.*does not exist; do: check --config"):
         load_config(path)
+    with pytest.raises(ConfigError, match=re.escape(f"does not exist; looked in: {Path.cwd()} and {SHIPPED}; do: ")):
+        load_config("none.yaml")
     with pytest.raises(ConfigError, match="the file cannot be read: Is a directory"):
         load_config(tmp_path)
     path.write_bytes(b" " * (2 << 20))

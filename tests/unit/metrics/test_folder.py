@@ -42,6 +42,8 @@ def test_the_commit_of_a_working_tree(tmp_path: Path) -> None:
     assert git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("two")
     assert git_commit(tmp_path) == commit + "-dirty"
+    (tmp_path / "environment").mkdir()
+    assert git_commit(tmp_path / "environment") is None
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
