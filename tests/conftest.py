@@ -33,6 +33,7 @@ LONGEST = (
     "end_to_end/test_fault_injection.py",
     "distributed/test_elastic.py",
     "distributed/test_ill_runs.py",
+    "end_to_end/test_wheel.py",
     "end_to_end/test_launchers.py",
 )
 

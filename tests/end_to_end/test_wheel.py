@@ -80,6 +80,8 @@ class Installed:
         self.python = str(prefix / "bin" / "python")
         # Behind its own programs those that dependencies run, such as ninja.
         self.environment = clean_environment(prefix / "bin", Path(sys.executable).parent)
+        # The same torch and DeepSpeed: what they compiled for the other tests is not compiled again.
+        self.environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
     def command(self, name: str, *words: str) -> str:
         """Runs `longmem-NAME` and returns what it printed."""
