@@ -117,14 +117,16 @@ def settings(installed: Installed) -> Path:
 
 
 def test_the_wheel_holds_all_that_runs_and_nothing_else(wheel: Path) -> None:
-    code = {name for name in tracked() if name.split("/")[0] in PACKAGES and Path(name).suffix in (".py", ".yaml")}
+    packaged = {name for name in tracked() if name.split("/")[0] in PACKAGES}
+    scripts = {name for name in packaged if name.startswith("launch/") and Path(name).suffix in (".sh", ".sbatch")}
     shipped = {f"pipeline/shipped/{name}" for name in tracked() if name.split("/")[0] in ("configs", "ds_configs")}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         said = message_from_bytes(archive.read(metadata))
         assert archive.read(metadata.replace("METADATA", "licenses/LICENSE")) == (ROOT / "LICENSE").read_bytes()
-    assert names == code | shipped | {f"{package}/py.typed" for package in PACKAGES}
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert names == (packaged - scripts) | shipped
     required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert said.get_all("Requires-Dist") == required
     assert said["License-Expression"] == "Apache-2.0"
