@@ -301,14 +301,18 @@ class LayerView:
         Returns:
             float32 `[Hkv, P, U]`.
         """
-        # Two scores, each worked out in two ways, and scaled.
-        rounding = 4 * (queries.far.shape[-1] + 4) * ROUNDING
-        factor = rounding * self.geometry.scale * self.geometry.encoding.attention_scaling
-        bound = queries.far.norm(dim=-1) * self.largest_key[..., None, None] * factor  # [Hkv, P, U, u]
+        bound = self.rounding_of(queries.far)  # [Hkv, P, U, u]
         if queries.slopes is not None:
             farthest = self.segment.settings.num_tokens + self.segment.rule.distance
             bound = bound + queries.slopes * farthest * 2.0**-21  # adding ALiBi's bias
         return _best_of_unit(bound, dim=3)  # the best of some is off by no more than the one that is off most
+
+    def rounding_of(self, far: Tensor) -> Tensor:
+        """The same for queries `[Hkv, P, U, u, D]` themselves, without ALiBi, float32 `[Hkv, P, U, u]`."""
+        # Two scores, each worked out in two ways, and scaled.
+        rounding = 4 * (far.shape[-1] + 4) * ROUNDING
+        factor = rounding * self.geometry.scale * self.geometry.encoding.attention_scaling
+        return far.norm(dim=-1) * self.largest_key[..., None, None] * factor
 
     def _logits(
         self, asked: _Asked, keys: Tensor, near_keys: Tensor | None, distance: Tensor | None, product: Product

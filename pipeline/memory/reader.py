@@ -37,6 +37,10 @@ class MemoryRead:
     log_sum_exp: Tensor
     window: MemoryRead | None = None
 
+    def to(self, device: torch.device) -> MemoryRead:
+        """The same there, without the window."""
+        return MemoryRead(self.values.to(device), self.log_sum_exp.to(device))
+
 
 class BankReader:
     """Reads the bank of a memory group for the queries of one segment of each rank. Never writes.

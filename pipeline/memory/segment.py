@@ -212,6 +212,16 @@ class SegmentView:
                     yield Run(first, last, is_near, num_near)
                     num_near += (last - first) * is_near
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query sees every visible slot."""
+        return self._visible is None and self.settings.scope != "document"
+
+    @cached_property
+    def visible_slots(self) -> Tensor:
+        """The slots of all runs, in their order, int64."""
+        return torch.cat([torch.arange(run.start, run.stop, device=self.device) for run in self.runs])
+
     @cached_property
     def slot_order(self) -> Tensor:
         """Decides between equal scores: the newer chunk, then the lower of the lanes of a pool.

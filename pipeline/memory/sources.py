@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.memory.attend import Partial, attend, combine
 from pipeline.memory.bank import MemoryBank
 from pipeline.memory.layer import NOTHING, Geometry, LayerView
+from pipeline.memory.quick import can_read, read_few
 from pipeline.memory.reader import MemoryRead
 from pipeline.memory.search import search
 from pipeline.memory.segment import Reading, ReadSettings, SegmentView
@@ -97,6 +98,12 @@ class SourcesReader:
         if not searched:
             return replace(nothing, window=window)
         asked = query.to(searched[0].segment.device, torch.float32)
+        if len(searched) == 1 and can_read(searched[0], recent, num_tokens=asked.shape[2]):
+            quick = read_few(searched[0], recent, asked)
+            if quick is not None:
+                if quick.window is not None:
+                    window = quick.window.to(query.device)
+                return replace(quick.to(query.device), window=window)
         found, of_window = [], []
         for first in range(0, asked.shape[2], self.settings.query_block_tokens):
             block = asked[:, :, first : first + self.settings.query_block_tokens]
