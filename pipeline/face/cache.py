@@ -64,6 +64,11 @@ class LongMemCache(Cache):
         self.rows = Rows.joined(parts).chosen(torch.tensor(order, device=tokens.device).argsort())
         return hidden
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors that are kept; memories that were given are not counted."""
+        return 0 if self.rows is None else self.rows.num_bytes
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of this stream that were read, padding included; never what was remembered before it."""
         return self._length

@@ -147,6 +147,11 @@ class MemoryBank:
         return shape.num_layers * self.num_filled * chunk
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of keys, values and chunk keys, of all its room."""
+        return self.shape.bytes(self.dtype)
+
+    @property
     def end(self) -> int:
         """Lane position after the newest token, 0 for an empty bank."""
         return int(self.positions.max()) + self.shape.chunk_size if self.num_filled else 0

@@ -65,6 +65,12 @@ class OpenSegment:
         ]
         return encoding
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        kept = [x for _, *pair in _layers(self.cache) for x in pair] + [x for kv in self.memory for x in kv]
+        return sum(x.nbytes for x in kept)
+
     def columns(self, device: torch.device) -> Tensor | None:
         """Which columns of the segment, without its context, a row has: as `which_are_there`."""
         return which_are_there(self.num_tokens, device)

@@ -45,6 +45,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of open segments and of what rows have remembered, each bank once; not of what they were given."""
+        banks = {source.bank for row in self.rows for source in row.sources if source.is_open}
+        return self.open.num_bytes + self.past.num_bytes + sum(bank.num_bytes for bank in banks)
+
     @torch.no_grad()
     def read(self, tokens: Tensor, *, wanted: int | None = None) -> Tensor:
         """Reads the next tokens of every row; whole segments go into memory.

@@ -34,6 +34,14 @@ class SideNetPast:
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return layers[0].get_seq_length() if layers else 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) + sum(
+            key.nbytes for key in self.keys.values()
+        )
+
     def mask(self, num_queries: int, *, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """The additive mask `[B or 1, 1, q, n + q]` of a layer; None where every query sees every token.
 
