@@ -185,7 +185,7 @@ def _unreadable(got: str) -> BackboneError:
     return BackboneError("the backbone's weights cannot be loaded", got=f"backbone.path {got}", do=_CHECK)
 
 
-def load_backbone(path: str, *, dtype: torch.dtype, attention: str, who: str = "") -> PreTrainedModel:
+def load_backbone(path: str, *, dtype: torch.dtype, attention: str | None, who: str = "") -> PreTrainedModel:
     """Loads a causal LM.
 
     Collective: where its parameters are split over ranks while they are loaded, every rank must call it.
@@ -193,7 +193,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, who: str = "
     Args:
         path: Folder or hub name.
         dtype: Of its parameters.
-        attention: `sdpa` or `eager`.
+        attention: `sdpa` or `eager`; None: the faster one that the family has.
         who: Whom an error happened to, such as ` on rank 1`.
 
     Returns:

@@ -55,7 +55,7 @@ def memorize(model: LongMem, kind: MemoryKind, tokens: Tensor, *, name: str, pro
         progress: Whether a bar is shown.
 
     Returns:
-        The memory: of a text longer than `memory.tokens` the end.
+        The memory: of a text longer than `memory.tokens` what its last segment reads, and that segment.
     """
     size, count = kind.chunk_size, len(tokens)
     whole = count // size * size
@@ -73,8 +73,10 @@ def memorize(model: LongMem, kind: MemoryKind, tokens: Tensor, *, name: str, pro
             before=tokens[:0].to(model.device),
             on_read=tell,
         )
-    # The ring has room for a segment more than is remembered.
-    slots = bank.filled()[-(model.settings.memory.tokens // size) :]
+    slots = bank.filled()
+    # The ring has room for a segment more than the last segment, which is read again when a row begins, has behind it.
+    farthest = count // model.settings.segment_tokens * model.settings.segment_tokens - model.settings.memory.tokens
+    slots = slots[torch.from_numpy(bank.positions)[slots] >= farthest]
     positions = torch.from_numpy(bank.positions)[slots]
     there = slots.to(bank.device)
     return Memory(

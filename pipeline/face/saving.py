@@ -42,7 +42,7 @@ def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForC
         kwargs.pop(key, None)
     backbone, settings = kwargs.pop("backbone", None), kwargs.pop("settings", None)
     dtype, device = _dtype(kwargs), _device(kwargs.pop("device_map", None))
-    attention = kwargs.pop("attn_implementation", None) or "sdpa"
+    attention = kwargs.pop("attn_implementation", None)
     config, generation = kwargs.pop("config", None), kwargs.pop("generation_config", None)
     if kwargs:
         raise CheckpointError("from_pretrained does not know this", got=", ".join(sorted(kwargs)), do="leave it out")
@@ -137,7 +137,7 @@ def _backbone(
     given: Any,
     *,
     dtype: torch.dtype | None,
-    attention: str,
+    attention: str | None,
     hub: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The backbone, which must be the one that the SideNet stands beside."""
