@@ -15,7 +15,6 @@ from pipeline.face.configuration import LongMemConfig
 from pipeline.face.figures import Figures
 from pipeline.model.longmem import layout_of
 from pipeline.model.saved import BACKBONE
-from pipeline.sidenet.layout import Layout
 
 _PAGE = """---
 {front}# license: yours to add, and that of the backbone to be kept
@@ -24,8 +23,8 @@ _PAGE = """---
 # LongMem beside {name}
 
 A language model with a memory ([Wang et al., 2023](https://arxiv.org/abs/2306.07174)). The backbone, {name}
-(`{model_type}`), is frozen; a SideNet of {num_side_layers} layers was trained beside it, which looks up the past in
-{memory_layers}. {holds}
+(`{model_type}`), is frozen. A SideNet was trained beside it: {num_side_layers} layers, {num_memory_layers} of which look up
+the past. {holds}
 
 ## How it is loaded
 
@@ -43,7 +42,7 @@ Then `model.generate(**tokenizer("A prompt", return_tensors="pt"), memory=book)`
 
 {training}
 
-On text of its own kind expect more of it than elsewhere: {tokens} tokens are all that the SideNet has seen.
+Expect more of it on text of this kind than on others: these {tokens} tokens are all that the SideNet has learnt from.
 
 ## Measured on held-out text
 
@@ -89,7 +88,7 @@ def card(made: LongMemConfig, config: Config, known: Figures, *, backbone: str, 
         name=name,
         model_type=model_type,
         num_side_layers=len(layout.boundaries) - 1,
-        memory_layers=_memory_layers(layout),
+        num_memory_layers=len(layout.memory_layers),
         holds=f"The backbone lies in `{BACKBONE}/`." if is_inside else "The backbone's weights are not in this folder.",
         auto_tokenizer=", AutoTokenizer" if has_tokenizer else "",
         tokenizer='AutoTokenizer.from_pretrained("THIS_FOLDER")' if has_tokenizer else "...  # the backbone's own",
@@ -102,11 +101,6 @@ def card(made: LongMemConfig, config: Config, known: Figures, *, backbone: str, 
         top_k_tokens=f"{model.memory.top_k_tokens:,}",
         precision=model.precision,
     )
-
-
-def _memory_layers(layout: Layout) -> str:
-    count = len(layout.memory_layers)
-    return "all of them" if count == len(layout.boundaries) - 1 else f"{count} of them"
 
 
 def _training(config: Config, known: Figures) -> str:
