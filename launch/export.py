@@ -1,4 +1,4 @@
-"""Turns a checkpoint into one file of SideNet weights: `python launch/export.py CHECKPOINT --output DIR`; `--help`."""
+"""Makes a checkpoint into a Hugging Face model: `python launch/export.py CHECKPOINT --output DIR`; `--help`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.failing import explained
-from pipeline.checkpoint.export import export
+from pipeline.face.export import export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses `arguments`, or the process's command line, and exports."""
     parser = argparse.ArgumentParser(
-        description="Turns a checkpoint of any number of ranks into one safetensors file of the SideNet's trained "
-        "weights (fp32), with its configuration. Needs neither the ranks nor the accelerators of the training.",
+        description="Makes a checkpoint of any number of ranks into a folder for AutoModelForCausalLM.from_pretrained: "
+        "the SideNet's trained weights (fp32), configuration, tokenizer and model card. Needs neither the ranks nor "
+        "the accelerators of the training; of the backbone only configuration and tokenizer are read.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_* or a run folder (newest)")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder")
+    parser.add_argument("--backbone", metavar="NAME", help="its folder or hub name, if not the run's backbone.path")
+    parser.add_argument("--save-backbone", action="store_true", help="copy the backbone into the folder, too")
     options = parser.parse_args(arguments)
-    print(f"{export(options.checkpoint, options.output)} -> {options.output}")
+    made = export(options.checkpoint, options.output, backbone=options.backbone, save_backbone=options.save_backbone)
+    print(f"{made} -> {options.output}")
 
 
 def program() -> None:

@@ -129,7 +129,7 @@ class _Stored:
 def _stored(path: str) -> dict[str, _Stored]:
     """All weights of a folder by name, from what stands before the numbers."""
     found = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         try:
             found.update(_safetensors(file) if file.suffix == ".safetensors" else _pickled(file))
         except Exception as error:  # a file of somebody else may hold anything
@@ -160,8 +160,11 @@ def _pickled(file: Path) -> dict[str, _Stored]:
     }
 
 
-def _weight_files(path: str) -> list[Path]:
-    """The files that `transformers` reads, in the order in which it looks for them; none of a hub name."""
+def weight_files(path: str) -> list[Path]:
+    """The files that `transformers` reads, in the order in which it looks for them; none of a hub name.
+
+    Raises BackboneError: one of them is missing.
+    """
     folder = Path(path)
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():

@@ -1,8 +1,10 @@
-"""A checkpoint made into a folder that needs nothing else: the trained weights in one file, and their configuration.
+"""A checkpoint made into a folder of its own: the trained weights in one file, and their configuration.
 
 DIR/model.safetensors   the SideNet's weights, fp32, by their names in the model
     config.yaml         the settings of the run that trained them
     export.json         step, backbone, layout, hash of the weights
+
+`pipeline/face/export.py` adds what makes it a model of transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +37,19 @@ class Trained:
     folder: Path
     about: Mapping[str, Any]
 
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that they are part of."""
+        return self.folder.parent
 
-def export(source: Path, output: Path) -> Path:
+
+def export(source: Path, output: Path, *, add: Callable[[Trained, Path], None] | None = None) -> Path:
     """Writes the trained weights of a checkpoint into a new folder, which is whole or absent.
 
     Args:
         source: A checkpoint (`step_*`), or a run folder: its newest one.
         output: The folder to make.
+        add: Writes more into it; whatever it raises, nothing is left of the folder.
 
     Returns:
         The checkpoint that was exported.
@@ -54,7 +62,7 @@ def export(source: Path, output: Path) -> Path:
         raise CheckpointError("the output exists already; nothing was written", got=output, do="name a new folder")
     trained = find_trained(source)
     try:
-        _write(trained, output)
+        _write(trained, output, add)
     except OSError as error:
         needed = sum((trained.folder / part).stat().st_size for part in (WEIGHTS, SETTINGS))
         room = f"; {room_words(output, needed)}" if is_want_of_room(error) else ""
@@ -64,7 +72,7 @@ def export(source: Path, output: Path) -> Path:
             expected="a new folder where one can be made",
             do="name one where you may write and where there is room",
         ) from error
-    return trained.folder.parent
+    return trained.checkpoint
 
 
 def find_trained(source: Path) -> Trained:
@@ -89,24 +97,26 @@ def find_trained(source: Path) -> Trained:
     return Trained(checkpoint / _OWNER, about)
 
 
-def _write(trained: Trained, output: Path) -> None:
+def _write(trained: Trained, output: Path, add: Callable[[Trained, Path], None] | None) -> None:
     if os.path.lexists(output.parent) and not output.parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent))
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write_below(trained, output)
-    except OSError:
+        _write_below(trained, output, add)
+    except BaseException:
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
         raise
 
 
-def _write_below(trained: Trained, output: Path) -> None:
+def _write_below(trained: Trained, output: Path, add: Callable[[Trained, Path], None] | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{output.name[:50]}-", dir=output.parent) as name:
         whole = Path(name, "whole")
         whole.mkdir()
+        if add is not None:  # first: it can find that something is wrong
+            add(trained, whole)
         for part in (WEIGHTS, SETTINGS):
             shutil.copyfile(trained.folder / part, whole / part)
         (whole / ABOUT).write_text(json.dumps(trained.about, indent=1) + "\n", encoding="utf-8")

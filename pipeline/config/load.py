@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file cannot be read, or anything in it or in the overrides is wrong; names all problems.
     """
+    return make_config(_read_mapping(find_file(path) or Path(path)), overrides, source=str(path))
+
+
+def make_config(raw: Mapping[Any, Any], overrides: Sequence[str] = (), *, source: str) -> Config:
+    """Lay single settings over sections that are there already.
+
+    Args:
+        raw: Section to its keys, as a configuration file has them.
+        overrides: As in `load_config`.
+        source: Where the sections came from.
+
+    Returns:
+        The settings, validated.
+
+    Raises:
+        ConfigError: Something in them is wrong; names all problems.
+    """
     problems: list[str] = []
-    sections, broken_sections = _known_sections(_read_mapping(find_file(path) or Path(path)), problems)
+    sections, broken_sections = _known_sections(raw, problems)
     _apply_overrides(sections, overrides, problems)
     config = _validate(sections, broken_sections, problems)
     if config is None or problems:
-        raise ConfigError(problems, source=f"{path} with the command line" if overrides else str(path))
+        raise ConfigError(problems, source=f"{source} with the command line" if overrides else source)
     return config
 
 
@@ -139,7 +156,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return value
 
 
-def _known_sections(raw: dict[Any, Any], problems: list[str]) -> tuple[Sections, set[str]]:
+def _known_sections(raw: Mapping[Any, Any], problems: list[str]) -> tuple[Sections, set[str]]:
     sections: Sections = {name: {} for name in section_models()}
     broken: set[str] = set()
     for name, keys in raw.items():

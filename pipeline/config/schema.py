@@ -8,7 +8,7 @@ What needs two fields at once is in `rules.py`; what needs the world size in `wo
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -184,6 +184,13 @@ class Config(Section):
             precision=train.precision,
             loss_piece_tokens=train.loss_piece_tokens,
         )
+
+    @staticmethod
+    def sections_of(model: ModelSettings) -> dict[str, dict[str, Any]]:
+        """The part of a run's settings that `model` gives back: section to its keys, as YAML has them."""
+        train = model.model_dump(mode="json")
+        sections = {name: train.pop(name) for name in ("memory", "sidenet")}
+        return sections | {"backbone": {"context_tokens": train.pop("context_tokens")}, "train": train}
 
     @model_validator(mode="after")
     def _check_rules(self) -> Config:

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from pipeline.config.model import ModelSettings
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError
+from pipeline.model.saved import FORMAT, MODEL_TYPE, check_format, check_settings
 
-FORMAT = 1
 _PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -31,7 +31,7 @@ class LongMemConfig(PreTrainedConfig):
         ConfigError: The settings hold what this version does not know, or contradict each other.
     """
 
-    model_type = "longmem"
+    model_type = MODEL_TYPE
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  # transformers' own way
     has_no_defaults_at_init = True
 
@@ -45,18 +45,12 @@ class LongMemConfig(PreTrainedConfig):
         longmem_format: int = FORMAT,
         **kwargs: Any,
     ) -> None:
-        if longmem_format != FORMAT:
-            raise CheckpointError(
-                "the model was saved by a newer version",
-                got=f"longmem_format {longmem_format!r}",
-                expected=FORMAT,
-                do="load it with the version of LongMem that saved it",
-            )
+        check_format(longmem_format)
         if isinstance(backbone_config, dict):
             backbone_config = _configuration(backbone_config)
         # A copy: transformers writes into the configurations below a model's own; the backbone's must stay as it is.
         self.backbone_config = copy.deepcopy(backbone_config)
-        self.settings = _checked(settings or {})
+        self.settings = check_settings(settings or {}).model_dump(mode="json")  # with all that is left to defaults
         self.backbone_name, self.backbone_hash = backbone_name, backbone_hash
         self.trained, self.longmem_format = trained or {}, longmem_format
         for name in _PASSED_ON:
@@ -106,13 +100,3 @@ def _configuration(known: dict[str, Any]) -> PreTrainedConfig:
         )
     found: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(known))
     return found
-
-
-def _checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with all that is left to defaults, as plain JSON."""
-    try:
-        return ModelSettings.model_validate(settings).model_dump(mode="json")
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError([" ".join(str(error).split())[:600]], source="settings of the saved model") from error

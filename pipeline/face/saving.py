@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
+from pipeline.checkpoint.export import WEIGHTS
 from pipeline.errors import CheckpointError, in_a_line
 from pipeline.face.configuration import LongMemConfig
+from pipeline.model.load import check_same, fill, read_weights
+from pipeline.model.longmem import DTYPES
+from pipeline.model.saved import BACKBONE, CONFIG, GENERATION, no_model
 
 if TYPE_CHECKING:
     from pipeline.face.model import LongMemForCausalLM
 
 logger = logging.getLogger(__name__)
-CONFIG, WEIGHTS, GENERATION, BACKBONE = "config.json", "model.safetensors", "generation_config.json", "backbone"
 _OF_A_HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 _IGNORED = ("low_cpu_mem_usage", "use_safetensors", "output_loading_info", "weights_only", "_from_auto", "_commit_hash",
             "adapter_kwargs", "trust_remote_code", "code_revision")  # fmt: skip
@@ -46,14 +46,14 @@ def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForC
     config, generation = kwargs.pop("config", None), kwargs.pop("generation_config", None)
     if kwargs:
         raise CheckpointError("from_pretrained does not know this", got=", ".join(sorted(kwargs)), do="leave it out")
-    weights = _weights(_file(name, WEIGHTS, hub))
+    weights = read_weights(Path(_file(name, WEIGHTS, hub)).parent)
     if not isinstance(config, LongMemConfig):
         config = LongMemConfig.from_pretrained(Path(_file(name, CONFIG, hub)).parent)
     if settings:
         config.settings = LongMemConfig(config.backbone_config, _laid_over(config.settings, settings)).settings
     causal_lm = _backbone(name, config, backbone, dtype=dtype, attention=attention, hub=hub)
     model = cls(config, causal_lm.to(device))
-    _fill(name, model, weights)
+    fill(model.sidenet, weights, name)
     model.sidenet.to(device)
     model.generation_config = generation or _generation_config(name, hub, causal_lm)
     model.config.name_or_path = name
@@ -64,7 +64,9 @@ def save(model: LongMemForCausalLM, folder: Path, *, save_backbone: bool, **kwar
     """As `LongMemForCausalLM.save_pretrained`."""
     config = model.config
     before = config.backbone_name, config.backbone_hash
-    config.backbone_hash = config.backbone_hash or identity(model.backbone)
+    if not config.backbone_hash:
+        config.backbone_hash = identity(model.backbone)
+        config.settings["precision"] = model.longmem.settings.precision  # in which it is to be compared
     if save_backbone:
         config.backbone_name = BACKBONE
     elif not config.backbone_name or config.backbone_name == BACKBONE:
@@ -83,26 +85,10 @@ def _file(name: str, part: str, hub: Mapping[str, Any]) -> str:
     try:
         found = cached_file(name, part, **hub)
     except Exception as error:  # foreign code on a foreign name raises whatever it comes upon
-        raise _no_model(name, part, in_a_line(error)) from error
+        raise no_model(name, part, in_a_line(error)) from error
     if found is None:
-        raise _no_model(name, part, "it is not there")
+        raise no_model(name, part, "it is not there")
     return str(found)
-
-
-def _weights(file: str) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise _no_model(str(Path(file).parent), WEIGHTS, in_a_line(error)) from error
-
-
-def _no_model(name: str, part: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        "the folder holds no LongMem",
-        got=f"{name!r}: {part}: {why}",
-        expected=f"{CONFIG} and {WEIGHTS}",
-        do="make one with launch/export.py or save_pretrained",
-    )
 
 
 def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -141,7 +127,7 @@ def _backbone(
     hub: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The backbone, which must be the one that the SideNet stands beside."""
-    trained = getattr(torch, str(config.trained.get("precision", "float32")).removeprefix("torch."))
+    trained = DTYPES[config.model_settings.precision]
     if isinstance(given, PreTrainedModel):
         causal_lm = given
     else:
@@ -151,37 +137,11 @@ def _backbone(
         check_weights(path, read_backbone_config(path))
         causal_lm = load_backbone(path, dtype=trained, attention=attention)
     if config.backbone_hash and causal_lm.dtype == trained:
-        found = identity(causal_lm)
-        if found != config.backbone_hash:
-            raise CheckpointError(
-                f"{name} stands beside another backbone",
-                got=found,
-                expected=config.backbone_hash,
-                do=f"load the one that it was trained with ({config.backbone_name or 'unnamed'}): backbone=...",
-            )
+        beside = f"{config.backbone_name or 'its name is not known'}, by backbone=..."
+        check_same(name, identity(causal_lm), config.backbone_hash, beside=beside)
     elif config.backbone_hash:
         logger.warning("the backbone was given in %s: whether it is the one of %s is not known", causal_lm.dtype, name)
     return causal_lm if dtype is None or isinstance(given, PreTrainedModel) else causal_lm.to(dtype)
-
-
-def _fill(name: str, model: LongMemForCausalLM, weights: Mapping[str, Tensor]) -> None:
-    own = dict(model.sidenet.named_parameters())
-    other = sorted(part for part in own.keys() | weights.keys() if _shape(own.get(part)) != _shape(weights.get(part)))
-    if other:
-        part = other[0]
-        raise CheckpointError(
-            f"the weights of {name} do not fit its {CONFIG}",
-            got=f"{part}: {_shape(weights.get(part))} ({len(other)} in all)",
-            expected=_shape(own.get(part)),
-            do="put back the files that belong together, or export the checkpoint again",
-        )
-    with torch.no_grad():
-        for part, weight in weights.items():
-            own[part].copy_(weight)
-
-
-def _shape(tensor: Tensor | None) -> list[int] | None:
-    return None if tensor is None else list(tensor.shape)
 
 
 def _generation_config(name: str, hub: Mapping[str, Any], causal_lm: PreTrainedModel) -> GenerationConfig:

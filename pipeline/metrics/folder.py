@@ -1,15 +1,20 @@
-"""What a run folder says about the software that made it."""
+"""What a run folder says about the software that made it, and of the newest held-out evaluation."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
+from pipeline.config.untrusted import parse_json, read_small
 from pipeline.files import write_text
 
+logger = logging.getLogger(__name__)
+EVALUATION_NAME = "evaluation"
 VERSIONS_NAME = "versions.json"
 PACKAGES = (
     "longmem-deepspeed",
@@ -33,6 +38,21 @@ def write_versions(folder: Path) -> Path:
     path = folder / VERSIONS_NAME
     write_text(path, json.dumps(versions, indent=2) + "\n")
     return path
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The newest evaluation of a run; empty if there is none that can be read, which is logged: it is made anew."""
+    path = folder / f"{EVALUATION_NAME}.json"
+    try:
+        found = parse_json(read_small(path))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s is damaged and does not count (%s)", path, error)
+        return {}
+    return found
 
 
 def git_commit(folder: Path) -> str | None:

@@ -11,12 +11,12 @@ from pipeline.data.store import TokenStore
 from pipeline.distributed.ranks import gather_objects, on_rank_zero, rank
 from pipeline.distributed.signals import Signals
 from pipeline.files import write_text
+from pipeline.metrics.folder import EVALUATION_NAME, read_evaluation
 from pipeline.metrics.record import MetricsWriter
 from pipeline.model.longmem import LongMem
 from pipeline.training.build import Run
 from pipeline.training.recorder import Recorder
 from pipeline.training.saving import Saving
-from pipeline.training.summary import EVALUATION_NAME, read_evaluation
 
 
 class Report(Protocol):

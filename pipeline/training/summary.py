@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.untrusted import parse_json, read_small, short
+from pipeline.config.untrusted import short
+from pipeline.metrics.folder import EVALUATION_NAME, read_evaluation
 from pipeline.metrics.record import TENSORBOARD_NAME, read_metrics
-
-logger = logging.getLogger(__name__)
-EVALUATION_NAME = "evaluation"
 
 
 def summary(folder: Path) -> str:
@@ -30,18 +26,3 @@ def summary(folder: Path) -> str:
     tensorboard = Path(sys.executable).with_name("tensorboard")
     lines.append(f"see it with: {tensorboard} --logdir {folder / TENSORBOARD_NAME}")
     return "\n".join(lines)
-
-
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The newest evaluation of a run; empty if there is none that can be read, which is logged: it is made anew."""
-    path = folder / f"{EVALUATION_NAME}.json"
-    try:
-        found = parse_json(read_small(path))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s is damaged and does not count (%s)", path, error)
-        return {}
-    return found

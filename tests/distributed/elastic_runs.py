@@ -53,9 +53,14 @@ def train_all(configs: list[Config]) -> list[Trained]:
     return found
 
 
-def logits_of(model: LongMem) -> Tensor:
+def tokens_of_two() -> Tensor:
+    """Two segments of random tokens, `[1, 2 T]`."""
+    return torch.randint(VOCABULARY, (1, 2 * SEGMENT), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model: LongMem, tokens: Tensor | None = None) -> Tensor:
     """Logits of a segment that remembers the one before it, `[1, T, V]`; the same on every rank."""
-    tokens = torch.randint(VOCABULARY, (1, 2 * SEGMENT), generator=torch.Generator().manual_seed(1))
+    tokens = tokens_of_two() if tokens is None else tokens
     documents, stream = torch.zeros(1, SEGMENT, dtype=torch.int64), Stream(model, model.bank(1))
     with torch.no_grad():
         _, second = (stream.feed(part, documents) for part in tokens.split(SEGMENT, dim=1))

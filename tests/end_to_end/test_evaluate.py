@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.evaluation import Asked, evaluate
 from eval.report import Section
@@ -21,6 +23,8 @@ from eval.runner import EvaluationError
 from eval.tasks import all_tasks
 from launch.export import main as export
 from pipeline.errors import CheckpointError, ConfigError, LongMemError
+from pipeline.model.load import load_longmem
+from tests.distributed.elastic_runs import logits_of
 from tests.end_to_end.test_train import ROOT, TIMEOUT_S, command_line, launch
 from tests.task_data import arguments
 from tests.tiny_run import TinyRun, save_backbone
@@ -160,14 +164,32 @@ def perplexities(sections: dict[str, Section]) -> dict[str, float]:
     return found
 
 
-def test_a_run_its_last_checkpoint_and_an_export_of_it_are_the_same_model(run_folder, tmp_path):
+def test_a_run_its_last_checkpoint_and_what_is_made_of_it_are_the_same_model(run_folder, tiny_run, tmp_path):
     checkpoint = max((run_folder / "checkpoints").glob("step_*"))
     export([str(checkpoint), "--output", str(tmp_path / "export")])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "export").save_pretrained(tmp_path / "saved")
     found = [
         perplexities(evaluate(asked(model, tmp_path / f"out{number}")))
         for number, model in enumerate((run_folder, checkpoint, tmp_path / "export"))
     ]
-    assert found[0] == found[1] == found[2] and len(found[0]) > 4
+    settings = [*asked(run_folder, tmp_path).settings, "--data.path", str(tiny_run.data)]
+    found.append(perplexities(evaluate(asked(tmp_path / "saved", tmp_path / "out3", settings=settings))))
+    assert found[0] == found[1] == found[2] == found[3] and len(found[0]) > 4
+    with pytest.raises(LongMemError, match="not known: the model was saved without its run"):
+        evaluate(asked(tmp_path / "saved", tmp_path / "out4"))
+
+
+def test_an_export_is_a_model_of_transformers_that_says_what_its_run_measured(run_folder, tmp_path):
+    export([str(run_folder), "--output", str(tmp_path / "export")])
+    assert (run_folder / "evaluation.txt").read_text().rstrip() in (tmp_path / "export" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = tokenizer("It was a bright cold day in the harbour, and the clocks struck.", return_tensors="pt").input_ids
+    ids = ids.repeat(1, 40 // ids.shape[1] + 1)[:, :32]
+    with torch.no_grad():
+        logits = model(ids).logits
+    torch.testing.assert_close(logits[:, 16:], logits_of(load_longmem(run_folder), ids), atol=1e-5, rtol=0)
+    assert model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None).shape == (1, 52)
 
 
 def test_memory_may_be_larger_than_in_training(run_folder, tmp_path):

@@ -9,63 +9,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.export import main
-from pipeline.backbone.backbone import identity
 from pipeline.checkpoint.export import export
-from pipeline.checkpoint.folder import Checkpoints
-from pipeline.config.load import dump_config
 from pipeline.errors import BackboneError, CheckpointError
 from pipeline.model.load import load_longmem
+from tests.tiny_checkpoint import save_checkpoints, trained_longmem
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import tiny_model
 
 FILES = ["config.yaml", "export.json", "model.safetensors"]
 
 
-class Weights:
-    """The owner of a SideNet's weights, without an engine."""
-
-    name = "sidenet"
-
-    def __init__(self, tiny: TinyLongMem) -> None:
-        self.tiny = tiny
-
-    def least_bytes(self) -> int:
-        return 0
-
-    def save(self, folder: Path) -> None:
-        weights = {name: weight.detach().clone() for name, weight in self.tiny.longmem.sidenet.named_parameters()}
-        save_file(weights, folder / "model.safetensors")
-        (folder / "config.yaml").write_text(dump_config(self.tiny.config))
-
-
 @pytest.fixture
 def tiny() -> TinyLongMem:
     """A trained LongMem: its weights are not those of its backbone."""
-    sidenet = {"layout": "top", "memory_layers": [2], "fusion": "joint"}
-    tiny, generator = TinyLongMem(tiny_model("llama"), lanes=2, sidenet=sidenet), torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for weight in tiny.longmem.sidenet.parameters():
-            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    return tiny
+    return trained_longmem()
 
 
 @pytest.fixture
 def run(tiny: TinyLongMem, tmp_path: Path) -> Path:
     """A run folder with two checkpoints of it."""
-    found = {"backbone": identity(tiny_model("llama")), "precision": "fp32"}
-    (tmp_path / "run").mkdir()
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, group_size=1, identity=found)
-    for step in (4, 7):
-        checkpoints.save(step, [Weights(tiny)])  # type: ignore[list-item]
-        checkpoints.publish_if_written(wait=True)
-    return tmp_path / "run"
+    return save_checkpoints(tiny, tmp_path / "run")
 
 
-def test_the_newest_checkpoint_of_a_run_or_the_one_that_is_named(run, tmp_path, capsys):
+def test_the_newest_checkpoint_of_a_run_or_the_one_that_is_named(run, tmp_path):
     assert export(run, tmp_path / "newest").name == "step_00000007"
-    main([str(run / "checkpoints" / "step_00000004"), "--output", str(tmp_path / "deep" / "older")])
-    assert capsys.readouterr().out == f"{run}/checkpoints/step_00000004 -> {tmp_path}/deep/older\n"
+    assert export(run / "checkpoints" / "step_00000004", tmp_path / "deep" / "older").name == "step_00000004"
     for folder, step in ((tmp_path / "newest", 7), (tmp_path / "deep" / "older", 4)):
         assert sorted(path.name for path in folder.iterdir()) == FILES
         assert json.loads((folder / "export.json").read_text())["step"] == step
@@ -139,11 +107,11 @@ def test_a_folder_that_is_no_export_is_refused(run, tmp_path):
     whole = about.read_text()
     for content in ("{", "[]", '{"step": 3}'):
         about.write_text(content)
-        with pytest.raises(CheckpointError, match="is no export; got: .*Error.*expected: model.safetensors, .*do"):
+        with pytest.raises(CheckpointError, match="holds no LongMem; got: .*export.json: .*Error.*expected: .*do"):
             load_longmem(tmp_path / "out", backbone=tiny_model("llama"))
     about.write_text(whole)
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="is no export; got: .*SafetensorError"):
+    with pytest.raises(CheckpointError, match="holds no LongMem; got: .*SafetensorError"):
         load_longmem(tmp_path / "out", backbone=tiny_model("llama"))
 
 
@@ -153,5 +121,5 @@ def test_weights_that_do_not_fit_their_settings_are_refused(run, tmp_path):
     fewer = load_file(weights)
     del fewer["norm.weight"]
     save_file(fewer, weights)
-    with pytest.raises(CheckpointError, match="do not fit its config.yaml; got: norm.weight and 0 others; do: export"):
+    with pytest.raises(CheckpointError, match=r"do not fit its settings .*; got: norm.weight: None \(1 in all\); exp"):
         load_longmem(tmp_path / "out", backbone=tiny_model("llama"))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pipeline.errors import TrainingError
+from pipeline.metrics.folder import read_evaluation
 from pipeline.training.job.job import Job
-from pipeline.training.summary import read_evaluation, summary
+from pipeline.training.summary import summary
 from tests.tiny_config import tiny_config
 
 
