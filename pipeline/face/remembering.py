@@ -78,7 +78,12 @@ def memorize(model: LongMem, kind: MemoryKind, tokens: Tensor, *, name: str, pro
     farthest = count // model.settings.segment_tokens * model.settings.segment_tokens - model.settings.memory.tokens
     slots = slots[torch.from_numpy(bank.positions)[slots] >= farthest]
     positions = torch.from_numpy(bank.positions)[slots]
-    there = slots.to(bank.device)
+    there, keys, values = slots.to(bank.device), [], []
+    while bank.layers:  # each is given up when it is copied: no two banks stand side by side
+        store = bank.layers.pop(0)
+        keys.append(store.keys[:, 0, there])
+        values.append(store.values[:, 0, there])
+        del store
     return Memory(
         kind=kind,
         sources=[Document(name, 0, count)],
@@ -86,8 +91,8 @@ def memorize(model: LongMem, kind: MemoryKind, tokens: Tensor, *, name: str, pro
         of_document=torch.zeros_like(positions),
         tokens=tokens.cpu()[positions[:, None] + torch.arange(size)],
         rest=tokens[whole:].cpu().clone(),
-        keys=[store.keys[:, 0, there] for store in bank.layers],
-        values=[store.values[:, 0, there] for store in bank.layers],
+        keys=keys,
+        values=values,
         end=count,
     )
 
