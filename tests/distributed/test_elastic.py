@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.checkpoint.export import export
 from pipeline.config.schema import Config
+from pipeline.face import LongMemForCausalLM
+from pipeline.face.export import export
 from pipeline.metrics.record import read_metrics
 from pipeline.model.load import load_longmem
-from tests.distributed.elastic_runs import Trained, die_while_converting, logits_of, train_all
+from tests.distributed.elastic_runs import SEGMENT, Trained, die_while_converting, logits_of, tokens_of_two, train_all
 from tests.ranks import RanksFailedError, run_ranks
 from tests.tiny_run import TinyRun
 
@@ -174,6 +175,10 @@ def test_exported_weights_are_those_that_were_trained(runs: Runs, name: str, leg
     trained = runs.trained[name, leg]
     assert weights.keys() == trained.weights.keys()
     assert all(torch.equal(weights[key], trained.weights[key]) for key in weights)
+    torch.testing.assert_close(logits, trained.logits, rtol=0, atol=LOGITS_TOLERANCE)
+    model = LongMemForCausalLM.from_pretrained(runs.folder / f"exported_{name}_{leg}")
+    with torch.no_grad():
+        logits = model(tokens_of_two()).logits[:, SEGMENT:]
     torch.testing.assert_close(logits, trained.logits, rtol=0, atol=LOGITS_TOLERANCE)
     other = runs.trained[name, 0 if leg else 1].logits
     assert not torch.allclose(logits, other, rtol=0, atol=100 * LOGITS_TOLERANCE)
