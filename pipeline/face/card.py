@@ -23,8 +23,8 @@ _PAGE = """---
 # LongMem beside {name}
 
 A language model with a memory ([Wang et al., 2023](https://arxiv.org/abs/2306.07174)). The backbone, {name}
-(`{model_type}`), is frozen. A SideNet was trained beside it: {num_side_layers} layers, {num_memory_layers} of which look up
-the past. {holds}
+(`{model_type}`), is frozen. A SideNet was trained beside it:
+{num_side_layers} layers, {num_memory_layers} of which look up the past. {holds}
 
 ## How it is loaded
 

@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.checkpoint.export import export
 from pipeline.config.schema import Config
+from pipeline.face import LongMemForCausalLM
+from pipeline.face.export import export
 from pipeline.metrics.record import read_metrics
 from pipeline.model.load import load_longmem
-from tests.distributed.elastic_runs import Trained, die_while_converting, logits_of, train_all
+from tests.distributed.elastic_runs import SEGMENT, Trained, die_while_converting, logits_of, tokens_of_two, train_all
 from tests.ranks import RanksFailedError, run_ranks
 from tests.tiny_run import TinyRun
 
 pytestmark = pytest.mark.timeout(600)  # one fixture trains everything: two minutes of one core's work
 TOLERANCE = 1e-5  # float32, nats; sums over ranks and shards are taken in another order
+FACE_TOLERANCE = 1e-5  # what an export promises
 LOGITS_TOLERANCE = 1e-4  # float32 logits of order 10, from weights that are whole instead of partitioned
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "memory_fill", "gate_mean", "memory_share", "tokens")
 WORLDS, STOPS = (1, 2, 4, 2, 2), (3, 5, 7, 8, 10)  # ranks of each leg of a run, and its last step
@@ -175,6 +177,10 @@ def test_exported_weights_are_those_that_were_trained(runs: Runs, name: str, leg
     assert weights.keys() == trained.weights.keys()
     assert all(torch.equal(weights[key], trained.weights[key]) for key in weights)
     torch.testing.assert_close(logits, trained.logits, rtol=0, atol=LOGITS_TOLERANCE)
+    model = LongMemForCausalLM.from_pretrained(runs.folder / f"exported_{name}_{leg}")
+    with torch.no_grad():
+        logits = model(tokens_of_two()).logits[:, SEGMENT:]
+    torch.testing.assert_close(logits, trained.logits, rtol=0, atol=FACE_TOLERANCE)
     other = runs.trained[name, 0 if leg else 1].logits
     assert not torch.allclose(logits, other, rtol=0, atol=100 * LOGITS_TOLERANCE)
 
