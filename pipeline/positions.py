@@ -5,7 +5,7 @@ Shapes: `H` query heads, `D` head size, `R` rotated dimensions (`R <= D`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class PositionEncoding:
     inv_freq: Tensor | None = None
     attention_scaling: float = 1.0
     slopes: Tensor | None = None
+    _known: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates queries or keys to their positions (RoPE, halves paired); the identity without rotary positions.
@@ -40,10 +43,25 @@ class PositionEncoding:
         """
         if self.inv_freq is None:
             return x
+        return self._turned(x, *self._angles(positions, x))
+
+    def rotate_alike(self, x: Tensor, position: int) -> Tensor:
+        """As `rotate`, all to one position, whose angles are worked out once."""
+        if self.inv_freq is None:
+            return x
+        known = (position, x.dtype, x.device)
+        if known not in self._known:
+            self._known[known] = self._angles(torch.full((), position, device=x.device), x)
+        return self._turned(x, *self._known[known])
+
+    def _angles(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.inv_freq is not None
         angle = positions[..., None].to(torch.float32) * self.inv_freq.to(x.device)  # [..., R / 2]
-        cos = (angle.cos() * self.attention_scaling).to(x.dtype)
-        sin = (angle.sin() * self.attention_scaling).to(x.dtype)
-        half = self.inv_freq.numel()
+        cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
@@ -81,8 +99,8 @@ class PositionRule:
         if self.kind == "none":
             return query
         distance = -self.distance if backward else self.distance
-        rotated = encoding.rotate(query, torch.full((), distance, device=query.device))
+        rotated = encoding.rotate_alike(query, distance)
         if encoding.attention_scaling == 1.0:
             return rotated
         # A rotated key carries the scaling as well; these keys are not rotated, so the query carries it for them.
-        return encoding.rotate(rotated, torch.zeros((), device=query.device))
+        return encoding.rotate_alike(rotated, 0)

@@ -91,12 +91,9 @@ class SourcesReader:
             Values and log-sum-exp, on the query's device.
         """
         searched, recent = self._views(index)
-        nothing = MemoryRead(
-            torch.zeros_like(query, dtype=torch.float32), torch.full(query.shape[:-1], NOTHING, device=query.device)
-        )
-        window = nothing if self.settings.window_tokens else None
+        window = _nothing(query) if self.settings.window_tokens and not recent else None
         if not searched:
-            return replace(nothing, window=window)
+            return replace(_nothing(query), window=window)
         asked = query.to(searched[0].segment.device, torch.float32)
         if len(searched) == 1 and can_read(searched[0], recent, num_tokens=asked.shape[2]):
             quick = read_few(searched[0], recent, asked)
@@ -173,6 +170,12 @@ def _joined(views: list[LayerView], found: Found, query: Tensor) -> MemoryRead:
     total = whole.total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 only where nothing is visible
     values = pools.by_row(whole.weighted / total[..., None], **sizes)
     return MemoryRead(values, pools.by_row(whole.maximum + total.log(), **sizes))
+
+
+def _nothing(query: Tensor) -> MemoryRead:
+    """What queries read that see nothing."""
+    log_sum_exp = torch.full(query.shape[:-1], NOTHING, device=query.device)
+    return MemoryRead(torch.zeros_like(query, dtype=torch.float32), log_sum_exp)
 
 
 def _of_blocks(blocks: Sequence[MemoryRead], device: torch.device) -> MemoryRead:

@@ -81,7 +81,7 @@ class Rows:
         if not found:
             size = (len(self.rows), 0, self.model.backbone.hidden_size)
             return torch.zeros(size, dtype=self.model.dtype, device=tokens.device)
-        return torch.cat(found, dim=1)
+        return torch.cat(found, dim=1)  # made outside of inference mode: as any tensor
 
     def chosen(self, index: Tensor) -> Rows:
         """Some rows, each as often as it is named, int64 `[rows]`; what they remember is shared, not copied."""
@@ -120,6 +120,7 @@ class Rows:
         whole.past = join_pasts([part.past for part in parts], [len(part) for part in parts])
         return whole
 
+    @torch.inference_mode()
     def _read_piece(self, tokens: Tensor, *, is_asked: bool) -> Tensor | None:
         """Reads tokens that stay within every row's segment, `[B, q, E]`; None if nothing is asked or needed later."""
         contexts = [self._context(row) for row in self.rows]

@@ -45,6 +45,10 @@ def local_log_sum_exp(query: Tensor, key: Tensor, local: LocalAttention) -> Tens
     Returns:
         The log-sum-exp.
     """
+    if query.shape[2] == 1 and not torch.is_grad_enabled():
+        # A step of generation: nothing need be kept, and the newest token sees all before it.
+        (_, logits), *_ = _blocks(query.float().unflatten(1, (key.shape[1], -1)), key.float(), local)
+        return logits.logsumexp(dim=-1).flatten(1, 2)
     result: Tensor = _LogSumExp.apply(query.float(), key.float(), local)
     return result
 
@@ -62,6 +66,9 @@ def _blocks(query: Tensor, key: Tensor, local: LocalAttention) -> Iterator[tuple
             index = torch.arange(places.stop, device=device)
             distance = index[places, None] - index[None, :]  # [t, seen]
             logits = logits - local.slopes.to(device).view(1, key.shape[1], -1, 1, 1) * distance
+        if num_queries == 1 and local.documents is None and (local.window is None or length <= local.window):
+            yield rows, logits
+            continue
         # [B or 1, 1, t, T]
         mask = visible_in_segment(places, length, documents=local.documents, window=local.window, device=device)
         yield rows, logits.masked_fill_(~mask[:, :, None, :, : places.stop], float("-inf"))

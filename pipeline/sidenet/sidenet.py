@@ -53,11 +53,11 @@ class SideNet(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
-        self._attention = backbone.family.attention
         self.activation_checkpointing = activation_checkpointing
         self.layers = nn.ModuleList(
             _trainable_copy(backbone.layers[source - 1], backbone) for source in layout.source_layers
         )
+        self._windows = [sliding_window(layer.get_submodule(backbone.family.attention)) for layer in self.layers]
         self.norm = _trainable_copy(backbone.norm, backbone)
         self.memory = nn.ModuleDict()
         for index, layer in enumerate(layout.memory_layers):
@@ -122,8 +122,7 @@ class SideNet(nn.Module):
         num_keys = past.num_tokens + tap.shape[1]
         masks: dict[int | None, Tensor | None] = {}
         calls = {}
-        for layer, source in zip(self.layers, self.layout.source_layers, strict=True):
-            window = sliding_window(layer.get_submodule(self._attention))
+        for window, source in zip(self._windows, self.layout.source_layers, strict=True):
             if window not in masks:
                 masks[window] = past.mask(tap.shape[1], num_keys=num_keys, window=window, like=tap)
             call = encoding.calls[source].with_cache(past.cache, num_keys=num_keys)
