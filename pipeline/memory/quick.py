@@ -1,7 +1,7 @@
 """Reading for a few queries of one bank, as a step of generation asks: the same chunks, in a tenth of the calls.
 
 What `search` and `attend` do for blocks of queries is worked out here in one go. Which chunks are read is decided by a
-matrix product alone: where its rounding could matter, nothing is answered, and the others are asked.
+matrix product alone; where its rounding could matter, `search` decides.
 
 Shapes: `B` rows, `H` query heads, `Hkv` key/value heads, `q` tokens, `D` head size, `U` units of `u` queries of a
 key/value head, `S` visible chunks of `c` tokens, `k` chunks that are read.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.memory.layer import LayerView
 from pipeline.memory.reader import MemoryRead
+from pipeline.memory.search import search
 
 MOST_QUERIES = 16  # tokens of all rows
 
@@ -29,7 +30,7 @@ def can_read(view: LayerView, recent: Sequence[LayerView], *, num_tokens: int) -
     return few and plain and bool(view.segment.runs) and not any(run.near for run in view.segment.runs)
 
 
-def read_few(view: LayerView, recent: Sequence[LayerView], query: Tensor) -> MemoryRead | None:
+def read_few(view: LayerView, recent: Sequence[LayerView], query: Tensor) -> MemoryRead:
     """Reads a bank.
 
     Args:
@@ -38,10 +39,11 @@ def read_few(view: LayerView, recent: Sequence[LayerView], query: Tensor) -> Mem
         query: Unrotated queries, float32 `[B, H, q, D]`, on the bank's device.
 
     Returns:
-        What `SourcesReader.read` returns; None: chunks score so much alike that it must decide.
+        What `SourcesReader.read` returns.
     """
     segment, scale = view.segment, view.geometry.scale
     sizes = {"num_heads": query.shape[1], "num_tokens": query.shape[2]}
+    tokens = slice(0, query.shape[2])
     by_pool = segment.pools.by_pool(segment.rule.far_query(query, view.geometry.encoding))  # [Hkv, 1, U, u, D]
     num_kv_heads, _, num_units, num_queries, dim = by_pool.shape
     far = by_pool[:, 0]
@@ -52,12 +54,15 @@ def read_few(view: LayerView, recent: Sequence[LayerView], query: Tensor) -> Mem
     scores = scores[:, :, 0] if num_queries == 1 else scores.amax(dim=2)
     k = min(segment.settings.top_k_chunks, scores.shape[-1])
     best = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    if best.values.shape[-1] > k:
+    is_sure = best.values.shape[-1] == k  # all are read
+    if not is_sure:
         # A gap that is wider than what two scores may be off together says which chunks are the best.
         off = view.rounding_of(by_pool)[:, 0].amax(dim=-1)  # [Hkv, U]
-        if not bool((best.values[..., k - 1] - best.values[..., k] > off).all()):
-            return None
-    slots = segment.visible_slots[best.indices[..., :k]]  # [Hkv, U, k]
+        is_sure = bool((best.values[..., k - 1] - best.values[..., k] > off).all())
+    if is_sure:
+        slots = segment.visible_slots[best.indices[..., :k]]  # [Hkv, U, k]
+    else:
+        slots = search(view, view.queries(query, tokens)).slots[:, 0]
     heads = torch.arange(num_kv_heads, device=slots.device)[:, None, None] * segment.num_slots
     index = (slots + heads).flatten()
     units = num_kv_heads * num_units
@@ -66,7 +71,7 @@ def read_few(view: LayerView, recent: Sequence[LayerView], query: Tensor) -> Mem
     found = _attended(view, logits, value, sizes)
     if not recent:
         return found
-    window, places = recent[0], segment.offsets(slice(0, query.shape[2]))
+    window, places = recent[0], segment.offsets(tokens)
     near = window.segment.pools.by_pool(view.geometry.encoding.rotate(query, places))[:, 0].flatten(1, 2)
     of_window = torch.bmm(near * scale, window.window_keys[:, 0].transpose(1, 2))  # [Hkv, U * u, w]
     return replace(found, window=_attended(window, of_window, window.window_values[:, 0], sizes))

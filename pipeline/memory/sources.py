@@ -97,10 +97,9 @@ class SourcesReader:
         asked = query.to(searched[0].segment.device, torch.float32)
         if len(searched) == 1 and can_read(searched[0], recent, num_tokens=asked.shape[2]):
             quick = read_few(searched[0], recent, asked)
-            if quick is not None:
-                if quick.window is not None:
-                    window = quick.window.to(query.device)
-                return replace(quick.to(query.device), window=window)
+            if quick.window is not None:
+                window = quick.window.to(query.device)
+            return replace(quick.to(query.device), window=window)
         found, of_window = [], []
         for first in range(0, asked.shape[2], self.settings.query_block_tokens):
             block = asked[:, :, first : first + self.settings.query_block_tokens]
