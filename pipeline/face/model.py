@@ -227,7 +227,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
-            loss = loss_of(self.longmem, hidden, labels, num_items_in_batch=count)
+            loss = loss_of(self.longmem, hidden, labels, there, num_items_in_batch=count)
         kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden
         return CausalLMOutputWithPast(
             loss=loss, logits=self.longmem.logits(kept), past_key_values=None if use_cache is False else cache
