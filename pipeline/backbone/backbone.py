@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,49 +184,39 @@ class Backbone(nn.Module):
         return self.family.split(outputs, num_heads=self.num_heads, head_dim=self.head_dim)
 
     def _register(self) -> None:
+        # Methods, not closures: with the module they are copied.
         modules = self.layers
         for layer, module in enumerate(modules, start=1):
-            module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
         if len(modules) in self.tap_points:
-            modules[-1].register_forward_hook(self._after_last())
+            modules[-1].register_forward_hook(self._after_last)
         for layer in self.memory_layers:
             for name in self.family.hooked:
-                self.attention(layer).get_submodule(name).register_forward_hook(self._on_projection(layer, name))
+                projection = self.attention(layer).get_submodule(name)
+                projection.register_forward_hook(partial(self._on_projection, layer, name))
 
-    def _before(self, layer: int) -> Callable[..., Any]:
+    def _before(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keeps the tap before a layer and its call, and forbids attention across documents where asked."""
+        if self._mask_documents is not None:
+            window = sliding_window(self.attention(layer))
+            if window not in self._masks:
+                self._masks[window] = document_mask(
+                    self._mask_documents, dtype=args[0].dtype, window=window, num_queries=args[0].shape[1]
+                )
+            call = LayerCall(args[1:], kwargs).with_mask(self._masks[window])
+            args, kwargs = (args[0], *call.args), dict(call.kwargs)
+        if layer - 1 in self.tap_points:  # taps are named by the layers passed
+            self._taps[layer - 1] = args[0]
+        if layer in self.call_layers:
+            self._calls[layer] = LayerCall(args[1:], kwargs)
+        return args, kwargs
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._mask_documents is not None:
-                window = sliding_window(self.attention(layer))
-                if window not in self._masks:
-                    self._masks[window] = document_mask(
-                        self._mask_documents, dtype=args[0].dtype, window=window, num_queries=args[0].shape[1]
-                    )
-                call = LayerCall(args[1:], kwargs).with_mask(self._masks[window])
-                args, kwargs = (args[0], *call.args), dict(call.kwargs)
-            if layer - 1 in self.tap_points:  # taps are named by the layers passed
-                self._taps[layer - 1] = args[0]
-            if layer in self.call_layers:
-                self._calls[layer] = LayerCall(args[1:], kwargs)
-            return args, kwargs
+    def _after_last(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._taps[len(self.layers)] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    def _after_last(self) -> Callable[..., None]:
-        last = len(self.layers)
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[last] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def _on_projection(self, layer: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if layer in self.memory_layers:
-                self._projected[layer, name] = output
-
-        return hook
+    def _on_projection(self, layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if layer in self.memory_layers:
+            self._projected[layer, name] = output
 
 
 def _positions_in_document(documents: Tensor) -> Tensor:

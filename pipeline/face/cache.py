@@ -5,7 +5,7 @@ Shapes: `B` rows, `q` tokens that come now, `E` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +27,36 @@ class LongMemCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.rows: Rows | None = None
+        self._memory: Any = None
         self._length = 0
+
+    def begin(self, rows: Rows, memory: Any) -> None:
+        """Has rows that have read nothing but the memories that were given with them."""
+        self.rows, self._memory = rows, memory
+
+    def check(self, memory: Any, num_rows: int) -> None:
+        """Makes sure that rows go on as they have begun.
+
+        Args:
+            memory: The memories that are given now, the same again or None.
+            num_rows: Rows that come now.
+
+        Raises:
+            DataError: They are other memories, or other rows.
+        """
+        if memory is not None and memory is not self._memory and memory != self._memory:
+            raise DataError(
+                "a memory is given where rows begin, and these have begun",
+                got="another memory beside past_key_values",
+                do="give it with the first tokens, or leave past_key_values out",
+            )
+        if self.rows is not None and num_rows != len(self.rows):
+            raise DataError(
+                "the cache is of other rows",
+                got=f"tokens of {num_rows} rows",
+                expected=f"{len(self.rows)}",
+                do="give the rows that it was returned for, or leave past_key_values out",
+            )
 
     def read(self, tokens: Tensor, there: Tensor | None, *, wanted: int) -> Tensor:
         """Reads the next tokens of every row.
@@ -95,7 +124,7 @@ class LongMemCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.rows, self._length = None, 0
+        self.rows, self._memory, self._length = None, None, 0
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Cannot be done: what was remembered is not taken back."""
@@ -121,10 +150,3 @@ def _read_alike(rows: Rows, tokens: Tensor, wanted: int) -> tuple[Rows, Tensor]:
     fewer, everyone = rows.chosen(firsts), torch.tensor(of_row, device=tokens.device)
     hidden = fewer.read(tokens[firsts], wanted=wanted)
     return fewer.chosen(everyone), hidden[everyone]
-
-
-def begin(starts: Sequence[Rows]) -> LongMemCache:
-    """A cache whose rows begin so."""
-    cache = LongMemCache()
-    cache.rows = Rows.joined(starts)
-    return cache

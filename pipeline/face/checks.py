@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.face.cache import LongMemCache
+from pipeline.model.longmem import LongMem
+from pipeline.model.loss import IGNORED
 
+_HARMLESS = ("return_dict", "num_items_in_batch", "token_type_ids")
 _TRIES_OUT = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
@@ -22,7 +26,7 @@ def check_ids(ids: Any, vocab_size: int) -> None:
     Raises:
         DataError: It is not, is empty, or holds an id outside the vocabulary.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         got = f"{tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise DataError(
             "these are no token ids", got=got, expected="whole numbers [rows, tokens]", do="use a tokenizer"
@@ -44,20 +48,20 @@ def check_ids(ids: Any, vocab_size: int) -> None:
         )
 
 
-def check_mask(mask: Tensor | None, ids: Tensor) -> None:
+def check_mask(mask: Tensor | None, ids: Tensor, *, num_read: int) -> None:
     """Makes sure that prompts are padded on the left.
 
     Args:
         mask: As a tokenizer makes it, `[B, n]`, or None.
         ids: `[B, n]`.
+        num_read: Tokens of each row that were read before.
 
     Raises:
         DataError: It belongs to other ids, a row has no token, or one is padded on the right.
     """
     if mask is None:
         return
-    if mask.shape[0] != ids.shape[0] or mask.shape[1] < ids.shape[1]:
-        raise DataError("the attention mask does not fit the tokens", got=list(mask.shape), expected=list(ids.shape))
+    check_mask_shape(mask, ids, num_read=num_read)
     there = mask.bool()
     if not bool(there.any(dim=1).all()):
         row = int((~there.any(dim=1)).nonzero()[0])
@@ -69,6 +73,101 @@ def check_mask(mask: Tensor | None, ids: Tensor) -> None:
             got=f"the last token of row {row} is padding",
             expected="padding on the left",
             do='set tokenizer.padding_side = "left"',
+        )
+
+
+def check_mask_shape(mask: Any, ids: Tensor, *, num_read: int) -> None:
+    """Makes sure that a mask is one of these tokens, or of the whole stream.
+
+    Args:
+        mask: Should be `[B, n]`, or longer by what was read before.
+        ids: `[B, n]`.
+        num_read: Tokens of each row that were read before.
+
+    Raises:
+        DataError: It is not.
+    """
+    rows, new = ids.shape
+    if not isinstance(mask, Tensor) or tuple(mask.shape) not in ((rows, new), (rows, num_read + new)):
+        raise DataError(
+            "the attention mask does not fit the tokens",
+            got=list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
+            expected=[rows, new]
+            if not num_read
+            else f"{[rows, new]}, or {[rows, num_read + new]} of all that was read",
+            do="give the mask that the tokenizer made with them, or none",
+        )
+
+
+def check_labels(labels: Tensor | None, ids: Tensor, vocab_size: int) -> None:
+    """Makes sure that labels are token ids of these rows.
+
+    Args:
+        labels: Should be int64 `[B, n]`, -100 where nothing is predicted; or None.
+        ids: `[B, n]`.
+        vocab_size: `V`.
+
+    Raises:
+        DataError: They are not.
+    """
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.dtype != torch.int64:
+        got = f"{list(labels.shape)}, {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise DataError(
+            "the labels do not fit the tokens",
+            got=got,
+            expected=f"{list(ids.shape)}, torch.int64",
+            do="give the token ids themselves, -100 where nothing is predicted; they are shifted here",
+        )
+    outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
+    if len(outside):
+        raise DataError(
+            "a label is outside the vocabulary",
+            got=int(outside[0]),
+            expected=f"0 to {vocab_size - 1}, or {IGNORED}",
+            do="use the backbone's own tokenizer",
+        )
+
+
+def check_others(asked: dict[str, Any]) -> None:
+    """Makes sure that nothing is asked of `forward` that it would leave undone.
+
+    Args:
+        asked: Its other arguments.
+
+    Raises:
+        DataError: Something is.
+    """
+    for name, value in asked.items():
+        if name not in _HARMLESS and value is not None and value is not False:
+            raise DataError("a LongMem does not have this", got=name, do="leave it out")
+
+
+def check_cache(cache: Any, model: LongMem) -> None:
+    """Makes sure that a cache is one that a model can read on from.
+
+    Args:
+        cache: What was given as `past_key_values`, or None.
+        model: The model.
+
+    Raises:
+        DataError: It is of another kind, or of another model.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, LongMemCache):
+        raise DataError(
+            "a LongMem brings its own cache",
+            got=type(cache).__name__,
+            expected=LongMemCache.__name__,
+            do="leave past_key_values out",
+        )
+    if cache.rows is not None and cache.rows.model is not model:
+        raise DataError(
+            "the cache is of another model, or this one was put elsewhere or into another dtype since",
+            got="past_key_values that it did not return",
+            do="leave past_key_values out: the text is read again",
         )
 
 
@@ -124,12 +223,3 @@ def check_length(num_tokens: int, most: int) -> None:
 def own_tokens(mask: Tensor | None, ids: Tensor) -> int:
     """Tokens of the row that has most."""
     return ids.shape[1] if mask is None else int(mask.bool().sum(dim=1).max())
-
-
-def there(mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """Which of the newest tokens there are: a mask of them, or of the whole stream, bool `[B, q]`; None: all."""
-    if mask is None:
-        return None
-    if mask.dim() != 2:
-        raise DataError("the attention mask is no mask of tokens", got=list(mask.shape), expected="[rows, tokens]")
-    return mask[:, -num_tokens:].to(torch.bool)

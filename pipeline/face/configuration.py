@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from pipeline.config.model import ModelSettings
-from pipeline.errors import CheckpointError
+from pipeline.config.untrusted import shown
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.saved import FORMAT, MODEL_TYPE, check_format, check_settings
 
 _PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,7 +48,7 @@ class LongMemConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         check_format(longmem_format)
-        if isinstance(backbone_config, dict):
+        if backbone_config is not None and not isinstance(backbone_config, PreTrainedConfig):
             backbone_config = _configuration(backbone_config)
         # A copy: transformers writes into the configurations below a model's own; the backbone's must stay as it is.
         self.backbone_config = copy.deepcopy(backbone_config)
@@ -57,6 +59,14 @@ class LongMemConfig(PreTrainedConfig):
             kwargs.setdefault(name, getattr(backbone_config, name, None))
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers has it, with `settings=` laid over those that the dictionary holds."""
+        more = kwargs.pop("settings", None)  # or the sections that it does not name would be lost
+        if more:
+            config_dict = {**config_dict, "settings": laid_over(config_dict.get("settings") or {}, more)}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def model_settings(self) -> ModelSettings:
@@ -89,8 +99,19 @@ class LongMemConfig(PreTrainedConfig):
         return self.backbone_config.get_text_config()
 
 
-def _configuration(known: dict[str, Any]) -> PreTrainedConfig:
-    model_type = known.get("model_type")
+def laid_over(settings: Mapping[str, Any], more: Any) -> dict[str, Any]:
+    """Settings with others in their place, section by section. Raises ConfigError: those are no sections."""
+    if not isinstance(more, Mapping):
+        raise ConfigError([f"these are no sections; got: {shown(more)}; do: give a dictionary"], source="settings")
+    found = dict(settings)
+    for key, value in more.items():
+        old = found.get(key)
+        found[key] = laid_over(old, value) if isinstance(old, Mapping) else value
+    return found
+
+
+def _configuration(known: Any) -> PreTrainedConfig:
+    model_type = known.get("model_type") if isinstance(known, Mapping) else known
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             "the backbone's model type is not known",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ def tokens_of_texts(texts: Any, tokenizer: Any, load: Any) -> list[Tensor]:
     Raises:
         DataError: There is none, or one is empty.
     """
+    if not isinstance(texts, (str, Tensor, Iterable)):
+        raise DataError("this is no text", got=type(texts).__name__, expected="a text, or token ids [n]", do="give one")
     several = [texts] if isinstance(texts, (str, Tensor)) or _are_ids(texts) else list(texts)
     found = []
     for number, text in enumerate(several):

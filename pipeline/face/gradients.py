@@ -58,18 +58,23 @@ def _read(model: LongMem, tokens: Tensor, reads_memory: bool) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def loss_of(model: LongMem, hidden: Tensor, labels: Tensor, *, num_items_in_batch: Any = None) -> Tensor:
+def loss_of(
+    model: LongMem, hidden: Tensor, labels: Tensor, there: Tensor | None, *, num_items_in_batch: Any = None
+) -> Tensor:
     """Mean cross-entropy of the next token.
 
     Args:
         model: Backbone and SideNet.
         hidden: `[B, n, E]`.
         labels: int64 `[B, n]`, of the tokens themselves; -100 where nothing is predicted.
+        there: Which tokens there are, bool `[B, n]`; None: all. Nothing is predicted from the others.
         num_items_in_batch: What the sum is divided by; None: the tokens that are predicted.
 
     Returns:
         Nats, float32 `[]`.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(hidden.device)
+    if there is not None:
+        targets = targets.masked_fill(~there.to(hidden.device), IGNORED)
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return model.losses(hidden, targets).sum() / count

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.backbone.backbone import identity
+from pipeline.config.model import ModelSettings
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
 from pipeline.face import checks
@@ -48,8 +49,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone_config))
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        settings = config.model_settings.model_copy(update={"precision": names.get(backbone.dtype, "fp32")})
+        settings = _remembering_in(backbone.dtype, config.model_settings)
         wrapped, sidenet = build(settings, backbone)
         self.backbone, self.sidenet = backbone, sidenet.to(backbone.dtype)
         self._longmem = [LongMem(settings, wrapped, sidenet)]  # in a list: no module of this one
@@ -61,6 +61,21 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """Backbone, SideNet and settings as all of LongMem knows them."""
         return self._longmem[0]
 
+    def train(self, mode: bool = True) -> LongMemForCausalLM:
+        """As any model, but for the backbone, which stays as it was trained: without dropout."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        exact = [buffer.clone() for buffer in self.backbone.buffers()]
+        super()._apply(*args, **kwargs)
+        for buffer, before in zip(self.backbone.buffers(), exact, strict=True):
+            buffer.data = before.to(buffer.device)  # frequencies of positions are no weights: they keep their dtype
+        old = self.longmem  # which may keep tensors of the old dtype, or where the model was
+        self._longmem = [LongMem(_remembering_in(self.backbone.dtype, old.settings), old.backbone, old.sidenet)]
+        return self
+
     def init_weights(self) -> None:
         """Nothing: backbone and SideNet come with their weights."""
 
@@ -71,6 +86,14 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's."""
         return cast(nn.Module, self.backbone.get_input_embeddings())
+
+    def set_input_embeddings(self, value: nn.Module) -> NoReturn:
+        """Cannot be done. Raises DataError."""
+        raise DataError(
+            "a LongMem's embeddings are its backbone's, which is frozen",
+            got="other embeddings, or another number of them",
+            do="change the backbone, and train a SideNet beside that",
+        )
 
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's."""
@@ -178,19 +201,16 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             DataError: Something is asked that a LongMem cannot do.
         """
-        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise DataError("a LongMem does not have this", got=name, do="leave it out")
+        checks.check_others(kwargs)
         checks.check_ids(input_ids, self.config.vocab_size)
         assert input_ids is not None
-        if past_key_values is not None and not isinstance(past_key_values, LongMemCache):
-            raise DataError(
-                "a LongMem brings its own cache",
-                got=type(past_key_values).__name__,
-                expected=LongMemCache.__name__,
-                do="leave past_key_values out",
-            )
-        there, wanted = checks.there(attention_mask, input_ids.shape[1]), input_ids.shape[1]
+        checks.check_labels(labels, input_ids, self.config.vocab_size)
+        checks.check_cache(past_key_values, self.longmem)
+        wanted, there = input_ids.shape[1], None
+        if attention_mask is not None:
+            num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+            checks.check_mask_shape(attention_mask, input_ids, num_read=num_read)
+            there = attention_mask[:, -wanted:].to(torch.bool)
         if isinstance(logits_to_keep, int) and 0 < logits_to_keep < wanted and labels is None:
             wanted = logits_to_keep
         learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.sidenet.parameters())
@@ -201,12 +221,13 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             cache = LongMemCache() if cache is None else cache
             if cache.rows is None:
-                cache.rows = self._begin(memory, len(input_ids))
+                cache.begin(self._begin(memory, len(input_ids)), memory)
+            cache.check(memory, len(input_ids))
             hidden = cache.read(input_ids, there, wanted=wanted)
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
-            loss = loss_of(self.longmem, hidden, labels, num_items_in_batch=count)
+            loss = loss_of(self.longmem, hidden, labels, there, num_items_in_batch=count)
         kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden
         return CausalLMOutputWithPast(
             loss=loss, logits=self.longmem.logits(kept), past_key_values=None if use_cache is False else cache
@@ -227,12 +248,14 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             DataError: The prompts are empty, padded on the right, longer than memory and window, or hold ids outside
                 the vocabulary; or what is asked needs tokens taken back, or another cache.
         """
-        checks.check_ways(kwargs, generation_config)
+        checks.check_ways(kwargs, self.generation_config if generation_config is None else generation_config)
+        past = kwargs.get("past_key_values")
+        checks.check_cache(past, self.longmem)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None:
             mask = kwargs.get("attention_mask")
             checks.check_ids(ids, self.config.vocab_size)
-            checks.check_mask(mask, ids)
+            checks.check_mask(mask, ids, num_read=0 if past is None else past.get_seq_length())
             settings = self.longmem.settings
             checks.check_length(checks.own_tokens(mask, ids), settings.memory.tokens + settings.segment_tokens)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
@@ -268,3 +291,9 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             except DataError as error:
                 failed = error
         raise failed
+
+
+def _remembering_in(dtype: torch.dtype, settings: ModelSettings) -> ModelSettings:
+    """Settings of a model whose weights are of a dtype."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return settings.model_copy(update={"precision": names.get(dtype, "fp32")})

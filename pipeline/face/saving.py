@@ -20,11 +20,11 @@ from transformers.utils import cached_file
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
 from pipeline.checkpoint.export import WEIGHTS
-from pipeline.errors import CheckpointError, in_a_line
+from pipeline.errors import BackboneError, CheckpointError, in_a_line
 from pipeline.face.configuration import LongMemConfig
 from pipeline.model.load import check_same, fill, read_weights
 from pipeline.model.longmem import DTYPES
-from pipeline.model.saved import BACKBONE, CONFIG, GENERATION, no_model
+from pipeline.model.saved import BACKBONE, CONFIG, GENERATION, MODEL_TYPE, is_saved, no_model, read_saved
 
 if TYPE_CHECKING:
     from pipeline.face.model import LongMemForCausalLM
@@ -42,15 +42,17 @@ def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForC
         kwargs.pop(key, None)
     backbone, settings = kwargs.pop("backbone", None), kwargs.pop("settings", None)
     dtype, device = _dtype(kwargs), _device(kwargs.pop("device_map", None))
-    attention = kwargs.pop("attn_implementation", None)
     config, generation = kwargs.pop("config", None), kwargs.pop("generation_config", None)
+    attention = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation", None)
     if kwargs:
         raise CheckpointError("from_pretrained does not know this", got=", ".join(sorted(kwargs)), do="leave it out")
     weights = read_weights(Path(_file(name, WEIGHTS, hub)).parent)
     if not isinstance(config, LongMemConfig):
-        config = LongMemConfig.from_pretrained(Path(_file(name, CONFIG, hub)).parent)
+        config = _config(Path(_file(name, CONFIG, hub)).parent)
     if settings:
-        config.settings = LongMemConfig(config.backbone_config, _laid_over(config.settings, settings)).settings
+        config = LongMemConfig.from_dict(config.to_dict(), settings=settings)
+    if config.backbone_config is None:
+        raise no_model(name, CONFIG, "it says nothing of the backbone")
     causal_lm = _backbone(name, config, backbone, dtype=dtype, attention=attention, hub=hub)
     model = cls(config, causal_lm.to(device))
     fill(model.sidenet, weights, name)
@@ -62,23 +64,35 @@ def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForC
 
 def save(model: LongMemForCausalLM, folder: Path, *, save_backbone: bool, **kwargs: Any) -> None:
     """As `LongMemForCausalLM.save_pretrained`."""
+    if folder.is_file():  # of which transformers says a word in the log
+        raise CheckpointError("this is a file", got=folder, expected="a folder, there or not", do="name another one")
     config = model.config
     before = config.backbone_name, config.backbone_hash
     if not config.backbone_hash:
         config.backbone_hash = identity(model.backbone)
+        before = before[0], config.backbone_hash
         config.settings["precision"] = model.longmem.settings.precision  # in which it is to be compared
-    if save_backbone:
-        config.backbone_name = BACKBONE
+    if save_backbone:  # as it is now: another one than it was if the model was put into another dtype
+        config.backbone_name, config.backbone_hash = BACKBONE, identity(model.backbone)
     elif not config.backbone_name or config.backbone_name == BACKBONE:
         config.backbone_name = str(getattr(model.backbone.config, "_name_or_path", "") or "")
     weights = {name: weight.detach() for name, weight in model.sidenet.named_parameters()}
     try:
         kwargs.pop("state_dict", None)
-        PreTrainedModel.save_pretrained(model, folder, state_dict=weights, **kwargs)
+        # One file, however small the pieces that are asked for: a SideNet is small beside its backbone.
+        PreTrainedModel.save_pretrained(model, folder, state_dict=weights, **{**kwargs, "max_shard_size": "1000TB"})
     finally:
-        config.backbone_name = before[0]
+        config.backbone_name, config.backbone_hash = before
     if save_backbone:
         model.backbone.save_pretrained(folder / BACKBONE)
+
+
+def _config(folder: Path) -> LongMemConfig:
+    if not is_saved(folder):
+        raise no_model(folder, CONFIG, f"its model_type is not {MODEL_TYPE}")
+    read_saved(folder)  # with more checks than transformers has
+    found: LongMemConfig = LongMemConfig.from_pretrained(folder)
+    return found
 
 
 def _file(name: str, part: str, hub: Mapping[str, Any]) -> str:
@@ -114,7 +128,12 @@ def _device(wanted: Any) -> torch.device:
     place = places.pop()
     if place == "auto":
         place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return torch.device("cpu" if place is None else place)
+    try:
+        return torch.device("cpu" if place is None else place)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            "there is no such device", got=f"device_map {place!r}", expected="one device", do='such as "cuda:0"'
+        ) from error
 
 
 def _backbone(
@@ -134,27 +153,33 @@ def _backbone(
         path = str(given or config.backbone_name)
         if not given and config.backbone_name == BACKBONE:
             path = str(Path(_file(name, f"{BACKBONE}/{CONFIG}", hub)).parent)
-        check_weights(path, read_backbone_config(path))
-        causal_lm = load_backbone(path, dtype=trained, attention=attention)
+        try:
+            check_weights(path, read_backbone_config(path))
+            causal_lm = load_backbone(path, dtype=trained, attention=attention)
+        except BackboneError as error:
+            raise BackboneError(
+                f"the backbone that {name} stands beside cannot be loaded",
+                got=error.got,
+                expected="a Hugging Face model folder (config.json, *.safetensors) or hub name",
+                do="say where it is: from_pretrained(..., backbone=FOLDER)",
+            ) from error
     if config.backbone_hash and causal_lm.dtype == trained:
         beside = f"{config.backbone_name or 'its name is not known'}, by backbone=..."
         check_same(name, identity(causal_lm), config.backbone_hash, beside=beside)
     elif config.backbone_hash:
         logger.warning("the backbone was given in %s: whether it is the one of %s is not known", causal_lm.dtype, name)
-    return causal_lm if dtype is None or isinstance(given, PreTrainedModel) else causal_lm.to(dtype)
+    if dtype is not None and not isinstance(given, PreTrainedModel):
+        for parameter in causal_lm.parameters():  # and no buffer: frequencies of positions are no weights
+            parameter.data = parameter.data.to(dtype)
+    return causal_lm
 
 
 def _generation_config(name: str, hub: Mapping[str, Any], causal_lm: PreTrainedModel) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(Path(_file(name, GENERATION, hub)).parent)
-    except (CheckpointError, OSError):
+        folder = Path(_file(name, GENERATION, hub)).parent
+    except CheckpointError:
         return GenerationConfig.from_model_config(causal_lm.config)
-
-
-def _laid_over(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with others in their place, section by section."""
-    found = dict(settings)
-    for key, value in more.items():
-        old = found.get(key)
-        found[key] = _laid_over(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
-    return found
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise no_model(name, GENERATION, in_a_line(error)) from error

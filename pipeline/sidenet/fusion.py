@@ -5,8 +5,9 @@ Shapes: `B` rows, `H` query heads, `T` tokens, `D` head size, `E` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -91,33 +92,27 @@ class MemoryFusion(nn.Module):
         self.sink: KeyValue | None = None
         self.memory_share: Tensor | None = None  # mean weight of memory at the last read
         self._outputs: dict[str, Tensor] = {}
-        for name in family.hooked:
-            attention.get_submodule(name).register_forward_hook(self._keep(name))
-        attention.get_submodule(family.output).register_forward_pre_hook(self._fuse_into_output())
+        for name in family.hooked:  # methods, not closures: with the module they are copied
+            attention.get_submodule(name).register_forward_hook(partial(self._keep, name))
+        attention.get_submodule(family.output).register_forward_pre_hook(self._fuse_into_output)
 
     @property
     def _is_open(self) -> bool:
         """Whether there is anything to read besides the segment."""
         return self.reader is not None or self.sink is not None
 
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self._is_open:
-                self._outputs[name] = output
+    def _keep(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._is_open:
+            self._outputs[name] = output
 
-        return hook
-
-    def _fuse_into_output(self) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not self._is_open:
-                return None
-            outputs = [self._outputs.pop(name) for name in self.family.hooked]
-            query, key, _ = self.family.split(outputs, num_heads=self.num_heads, head_dim=self.head_dim)
-            local = args[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-            fused = self.fuse(local, query, key, self.reader)
-            return (fused.transpose(1, 2).flatten(2), *args[1:])  # [B, T, H * D]
-
-        return hook
+    def _fuse_into_output(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self._is_open:
+            return None
+        outputs = [self._outputs.pop(name) for name in self.family.hooked]
+        query, key, _ = self.family.split(outputs, num_heads=self.num_heads, head_dim=self.head_dim)
+        local = args[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        fused = self.fuse(local, query, key, self.reader)
+        return (fused.transpose(1, 2).flatten(2), *args[1:])  # [B, T, H * D]
 
     def fuse(self, local: Tensor, query: Tensor, key: Tensor, reader: MemoryReader | None) -> Tensor:
         """Mixes local attention and memory, head by head; a query that sees no memory keeps its local attention.

@@ -23,7 +23,7 @@ DEEP: Mapping[str, Any] = {
     "memory": {"position": "clamp:12", "sink": True, "window_tokens": 8, "retrieve_for": "kv_head"},
 }
 PAPER: Mapping[str, Any] = {"sidenet": {"layout": "uniform"}, "memory": {"position": "none"}}
-QUIET: Mapping[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}  # greedy, to the very end
+QUIET: Mapping[str, Any] = {"do_sample": False, "eos_token_id": None}  # greedy, to the very end
 
 
 def settings_of(sections: Mapping[str, Any]) -> dict[str, Any]:

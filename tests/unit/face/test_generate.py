@@ -53,13 +53,12 @@ def best(model: LongMem, text: Tensor, *, count: int, words: int) -> tuple[Tenso
 @pytest.mark.parametrize("memorized", [0, 41])
 def test_as_many_beams_as_there_are_ways_find_the_best_of_all(memorized):
     words, count = 5, 3
-    backbone = drawn(LlamaConfig(**{**GATED, "vocab_size": words, "pad_token_id": 0}, num_hidden_layers=3))
+    backbone = drawn(LlamaConfig(**{**GATED, "vocab_size": words}, num_hidden_layers=3))
     model = tiny_face(backbone=backbone)
     text = torch.randint(words, (memorized + SEGMENT - 2,), generator=torch.Generator().manual_seed(3))
     memory = model.memorize(text[:memorized], progress=False) if memorized else None
     found = model.generate(
         text[None, memorized:],
-        attention_mask=torch.ones(1, SEGMENT - 2),  # or transformers takes every 0 for padding
         memory=memory,
         num_beams=words ** (count - 1),
         num_return_sequences=8,
@@ -137,13 +136,14 @@ def test_it_stops_where_it_is_told_to(model):
     tokens = expected_tokens(model.longmem, text, 12)
     stop = tokens[6]
     until = tokens.index(stop) + 1
-    found = model.generate(text[None], max_new_tokens=12, **{**QUIET, "eos_token_id": stop})
+    ending = {**QUIET, "eos_token_id": stop, "pad_token_id": 0}
+    found = model.generate(text[None], max_new_tokens=12, attention_mask=torch.ones(1, 13), **ending)
     assert found[0, 13:].tolist() == tokens[:until]
     criteria = StoppingCriteriaList([MaxLengthCriteria(13 + 5)])
     assert model.generate(text[None], stopping_criteria=criteria, max_new_tokens=12, **QUIET).shape == (1, 18)
     # A row that has ended waits for the others, which go on as if it were not there.
     ids, mask = padded([text, texts_of(20)[0]])
-    rows = model.generate(ids, attention_mask=mask, max_new_tokens=12, **{**QUIET, "eos_token_id": stop})[:, 20:]
+    rows = model.generate(ids, attention_mask=mask, max_new_tokens=12, **ending)[:, 20:]
     assert rows[0].tolist() == tokens[:until] + [0] * (rows.shape[1] - until)
     other = expected_tokens(model.longmem, texts_of(20)[0], 12)
     assert stop not in other and rows[1].tolist() == other

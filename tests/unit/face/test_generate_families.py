@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,7 +30,11 @@ def test_untrained_and_without_memory_it_says_what_its_backbone_says(family):
     backbone = tiny_model(family)
     ids, mask = padded([tiny_tokens((1, length), seed=length)[0] for length in LENGTHS])
     given = {"inputs": ids, "attention_mask": mask, "max_new_tokens": SEGMENT - ids.shape[1], **QUIET}
-    ways = ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.0})
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.0},
+    )
     expected = [backbone.generate(**given, **way) for way in ways]
     without_sink = {**DEEP, "memory": {**DEEP["memory"], "sink": False}}  # which is read without memory too
     for settings, memory in ((PAPER, None), (without_sink, False)):
@@ -75,7 +81,7 @@ def test_saved_and_loaded_it_is_the_same(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_sidenet_learns(family):
-    model, ids = tiny_face(family), tiny_tokens((2, 40))
+    model, ids = tiny_face(family).train(), tiny_tokens((2, 40))
     out = model(ids, labels=ids)
     out.loss.backward()
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
