@@ -23,7 +23,7 @@ from pipeline.face.inspection import (
     RememberedText,
     SeenToken,
 )
-from pipeline.face.looking import Lane, Watch, text_of
+from pipeline.face.looking import Lane, LookedUp, Watch, text_of
 from pipeline.face.memory import Memory
 from pipeline.face.model import LongMemForCausalLM
 from pipeline.face.page import CHUNKS_PER_TOKEN
@@ -83,21 +83,10 @@ def inspect(
     lane.read += tokens.tolist()
     size = longmem.settings.memory.chunk_size
     seen = []
-    texts = token_texts(tokenizer, tokens.tolist())
-    for number, (text, kept) in enumerate(zip(texts, watch.kept, strict=True)):
-        chunks = [
-            ReadChunk(
-                *reversed(lane.chunk(one.place, size)),
-                first + number - one.place,
-                one.score,
-                one.share,
-                one.layer,
-                one.heads,
-            )  # fmt: skip
-            for one in kept
-        ]
-        losses = (None, None) if number == 0 else (read[number - 1], plain[number - 1])
-        seen.append(SeenToken(text, *losses, chunks, watch.num_read[number] - len(kept)))
+    for number, (text, kept) in enumerate(zip(token_texts(tokenizer, tokens.tolist()), watch.kept, strict=True)):
+        chunks = [_chunk(lane, looked_up, at=first + number, size=size) for looked_up in kept]
+        with_memory, without = (read[number - 1], plain[number - 1]) if number else (None, None)
+        seen.append(SeenToken(text, with_memory, without, chunks, watch.num_read[number] - len(kept)))
     return Inspection(
         title=title,
         model=_told(model),
@@ -117,6 +106,13 @@ def _losses(model: LongMem, rows: Rows, tokens: Tensor) -> list[float]:
         return []
     losses: list[float] = model.losses(hidden[:, :-1], tokens[None, 1:].to(model.device))[0].tolist()
     return losses
+
+
+def _chunk(lane: Lane, looked_up: LookedUp, *, at: int, size: int) -> ReadChunk:
+    """What a token read that stands at a place of the lane."""
+    share, place, score, layer, heads = looked_up
+    document, text = lane.chunk(place, size)
+    return ReadChunk(text, document, at - place, score, share, layer, heads)
 
 
 def _gates(model: LongMem, watch: Watch) -> list[LayerGates]:

@@ -207,10 +207,10 @@ def _retrieved(views: list[LayerView], query: Tensor, tokens: slice) -> Found:
     ]
 
 
-def _chunks_of_block(views: list[LayerView], query: Tensor, tokens: slice, *, start: int) -> tuple[Tensor, ...]:
+def _chunks_of_block(views: list[LayerView], query: Tensor, tokens: slice, *, start: int) -> list[Tensor]:
     """Places, scores and log-sum-exps of the chunks that a block of queries reads, `[B, H, t, banks * k]` each."""
     nothing = torch.full((*query.shape[:3], 0), NOTHING, device=query.device)
-    found = [(nothing.long(), nothing, nothing)]
+    found = [nothing.long(), nothing, nothing]
     for view, (queries, retrieved, winners) in zip(views, _chosen(views, query, tokens) if views else [], strict=True):
         segment, sizes = view.segment, {"num_heads": query.shape[1], "num_tokens": query.shape[2]}
         units = (segment.pools.num_units(len(query), **sizes), queries.far.shape[3], segment.settings.top_k_chunks)
@@ -223,8 +223,9 @@ def _chunks_of_block(views: list[LayerView], query: Tensor, tokens: slice, *, st
         whole = (torch.zeros(units, dtype=torch.int64), torch.full(units, NOTHING), torch.full(units, NOTHING))
         for into, part in zip(whole, of_bank, strict=True):
             into[winners.members, :, :width] = part.to(into.device)
-        found.append(tuple(segment.pools.by_row(each, **sizes).to(query.device) for each in whole))
-    return tuple(torch.cat(each, dim=-1) for each in zip(*found, strict=True))
+        by_row = [segment.pools.by_row(each, **sizes).to(query.device) for each in whole]
+        found = [torch.cat(pair, dim=-1) for pair in zip(found, by_row, strict=True)]
+    return found
 
 
 def _joined(views: list[LayerView], found: Found, query: Tensor) -> MemoryRead:
