@@ -127,13 +127,12 @@ def read_memory(
                 found[row, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
                 scores[row, head, token] = [best[chunk] for chunk in best]
                 read = _attend(query, keys, values, list(best), now, head, group, attention, rules.position)
-                weights[row, head, token] = [
-                    float(torch.exp(alone[1] - read[1]))
-                    for alone in (
-                        _attend(query, keys, values, [chunk], now, head, group, attention, rules.position)
-                        for chunk in best
-                    )
+                of_chunks = (keys[c.lane, head // group, c.tokens] for c in best)
+                logits = [
+                    _logits(query, key, [now - at for at in c.positions], head, attention, rules.position)
+                    for c, key in zip(best, of_chunks, strict=True)
                 ]
+                weights[row, head, token] = [torch.exp(each - read[1]).sum().item() for each in logits]
                 rows.append(read[0])
                 log_sum_exps.append(read[1])
     shape = (num_rows, num_heads, num_tokens)
