@@ -23,7 +23,7 @@ from pipeline.face.inspection import (
     RememberedText,
     SeenToken,
 )
-from pipeline.face.looking import Lane, LookedUp, Watch, text_of
+from pipeline.face.looking import Lane, LookedUp, LookUps, chosen_layers, text_of, watching
 from pipeline.face.memory import Memory
 from pipeline.face.model import LongMemForCausalLM
 from pipeline.face.page import CHUNKS_PER_TOKEN
@@ -73,10 +73,12 @@ def inspect(
         memory.check(model.memory_kind)
     if not longmem.settings.memory.enabled:
         raise DataError("the model reads no memory", got="memory.enabled false", do="load one that does")
+    shown = chosen_layers(longmem.sidenet, layers)
     start = start_of(longmem, memories)
-    lane = Lane(memories, start, tokenizer)
+    lane = Lane(memories, start, tokenizer, own_name="this prompt")
     rows = begun(longmem, start, reads_memory=True)
-    with Watch(longmem.sidenet, layers=layers, most=chunks_per_token) as watch:
+    watch = LookUps(shown, most=chunks_per_token)
+    with watching(longmem.sidenet, shown, watch.note):
         read = _losses(longmem, rows, tokens)
     plain = _losses(longmem, begun(longmem, start_of(longmem, ()), reads_memory=False), tokens)
     first = lane.place
@@ -115,7 +117,7 @@ def _chunk(lane: Lane, looked_up: LookedUp, *, at: int, size: int) -> ReadChunk:
     return ReadChunk(text, document, at - place, score, share, layer, heads)
 
 
-def _gates(model: LongMem, watch: Watch) -> list[LayerGates]:
+def _gates(model: LongMem, watch: LookUps) -> list[LayerGates]:
     fusions = model.sidenet.fusions
     return [
         LayerGates(layer, torch.cat(weights, dim=1).mean(dim=1).tolist(), fusions[layer].gate.float().tolist())

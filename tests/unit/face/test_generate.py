@@ -101,9 +101,9 @@ def test_prompts_may_be_read_in_pieces(model, size):
     ids, mask = padded(texts_of(9, 40))
     for given in ({"inputs": ids[1:]}, {"inputs": ids, "attention_mask": mask}):
         expected = model.generate(**given, max_new_tokens=4, **QUIET)
-        assert torch.equal(
-            model.generate(**given, max_new_tokens=4, prefill_chunk_size=size, **QUIET), expected
-        ), given.keys()
+        assert torch.equal(model.generate(**given, max_new_tokens=4, prefill_chunk_size=size, **QUIET), expected), (
+            given.keys()
+        )
 
 
 def test_what_is_generated_goes_on_from_the_cache_that_was_returned(model):

@@ -29,11 +29,11 @@ TOLERANCE = 1e-3
 DEEP: Mapping[str, Any] = {
     "sidenet": {"layout": "top", "memory_layers": "all", "fusion": "joint", "gate_init": 1.0},
     "backbone": {"context_tokens": 6},
-    "memory": {"tokens": 48, "position": "clamp:12", "sink": True, "window_tokens": 8, "retrieve_for": "kv_head"},
+    "memory": {"position": "clamp:12", "sink": True, "window_tokens": 8, "retrieve_for": "kv_head"},
 }
 PAPER: Mapping[str, Any] = {
     "sidenet": {"layout": "uniform", "memory_layers": [1, 2], "fusion": "gate", "gate_init": 0.4},
-    "memory": {"tokens": 48, "position": "none"},
+    "memory": {"position": "none"},
 }
 
 
