@@ -118,6 +118,10 @@ def _memories(options: argparse.Namespace, model: LongMemForCausalLM, tokenizer:
     found: list[Memory] = [Memory.load(path, kind=model.memory_kind) for path in options.memory]
     if texts:
         found.append(model.memorize(list(texts.values()), names=list(texts), tokenizer=tokenizer))
+        for document, held in zip(found[-1].sources, found[-1].documents(), strict=True):
+            if held.num_tokens < document.num_tokens - model.longmem.settings.memory.chunk_size:
+                told = f"of {document.num_tokens:,} tokens the last {held.num_tokens:,} are remembered"
+                print(f"{document.name}: {told} (memory.tokens of the model)", file=sys.stderr)
     if options.save_memory is not None:
         whole = found[0]
         if len(found) > 1:

@@ -1,4 +1,4 @@
-"""Shows what a memory does to a prompt: `launch/inspect_memory.py --model DIR --memory FILE --prompt TEXT`; `--help`."""
+"""Shows what a memory does to a prompt: `inspect_memory.py --model DIR --memory FILE --prompt TEXT`; `--help`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memories,
         torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64),
         tokenizer,
-        title=f"A prompt, read with {', '.join(names)}",
+        title="A prompt, with memory and without",
         names=names,
         layers=options.layers,
         chunks_per_token=options.chunks_per_token,

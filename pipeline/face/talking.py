@@ -102,8 +102,10 @@ class Talk:
         with ExitStack() as stack:
             if watch:
                 stack.enter_context(watching(sidenet, list(sidenet.fusions), self._shares.note))
+            ids = torch.tensor([new], device=self._model.longmem.device)
             whole = self._model.generate(
-                torch.tensor([new], device=self._model.longmem.device),
+                ids,
+                attention_mask=torch.ones_like(ids),
                 past_key_values=self._cache,
                 use_cache=True,
                 streamer=streamer,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tests.reference
 from pipeline.errors import DataError, LongMemMemoryError
-from pipeline.face import LongMemConfig, LongMemForCausalLM, Memory
+from pipeline.face import LongMemForCausalLM, Memory
 from pipeline.face.inspecting import inspect, token_texts
 from pipeline.face.inspection import Inspection
 from pipeline.face.page import render
@@ -21,16 +21,12 @@ from tests.reference import Read, fuse
 from tests.tiny_longmem import TinyLongMem, tiny_tokens
 from tests.tiny_models import VOCABULARY, tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.unit.face.models import DEEP, SEGMENT, tiny_face
 
-SEGMENT, REMEMBERED, LENGTH = 16, 45, 75  # the document ends inside a segment and inside a chunk; it is all remembered
+REMEMBERED, LENGTH = 45, 75  # the document ends inside a segment and inside a chunk; it is all remembered
 EVERYTHING = 10_000
 # float32 against float64 over four random layers that magnify rounding; a wrong rule is off by more than 0.01.
 TOLERANCE = 1e-3
-DEEP: Mapping[str, Any] = {
-    "sidenet": {"layout": "top", "memory_layers": "all", "fusion": "joint", "gate_init": 1.0},
-    "backbone": {"context_tokens": 6},
-    "memory": {"position": "clamp:12", "sink": True, "window_tokens": 8, "retrieve_for": "kv_head"},
-}
 PAPER: Mapping[str, Any] = {
     "sidenet": {"layout": "uniform", "memory_layers": [1, 2], "fusion": "gate", "gate_init": 0.4},
     "memory": {"position": "none"},
@@ -49,9 +45,7 @@ def varied(settings: Mapping[str, Any], **memory: Any) -> Mapping[str, Any]:
 
 
 def face(settings: Mapping[str, Any], family: str = "llama") -> LongMemForCausalLM:
-    backbone = tiny_model(family)
-    config = TinyLongMem(backbone, lanes=1, **settings).config.model
-    return LongMemForCausalLM(LongMemConfig(backbone.config, config.model_dump(mode="json")), tiny_model(family)).eval()
+    return tiny_face(family, settings, trained=False)
 
 
 Looked = dict[tuple[int, int, int], tuple[float, float, tuple[int, ...]]]
