@@ -49,7 +49,7 @@ class Past:
         self.documents.append(documents)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Consecutive tokens of one lane."""
 
@@ -67,6 +67,8 @@ class Read:
     log_sum_exp: Tensor
     chunks: Mapping[tuple[int, int, int], list[tuple[int, int]]]  # (row, head, token) -> (lane, first position)
     window: Read | None = None  # the same of the last tokens before the segment, which are read whole
+    scores: Mapping[tuple[int, int, int], list[float]] = field(default_factory=dict)  # of those chunks
+    weights: Mapping[tuple[int, int, int], list[float]] = field(default_factory=dict)  # of each, in the softmax inside
 
 
 def read_memory(
@@ -99,7 +101,7 @@ def read_memory(
     is_recent = [chunk.positions[0] >= start - rules.window_tokens for chunk in every]
     older = [chunk for chunk, recent in zip(every, is_recent, strict=True) if not recent]
     window = [chunk for chunk, recent in zip(every, is_recent, strict=True) if recent]
-    rows, log_sum_exps, found = [], [], {}
+    rows, log_sum_exps, found, scores, weights = [], [], {}, {}, {}
     recent_rows: list[Tensor] = []
     recent_lse: list[Tensor] = []
     for row in range(num_rows):
@@ -123,13 +125,20 @@ def read_memory(
                 asked = {one: q[row, one, token] for one in asking}
                 best = _best(asked, keys[:, head // group], seen, now, attention, rules)
                 found[row, head, token] = [(chunk.lane, chunk.positions[0]) for chunk in best]
-                read = _attend(query, keys, values, best, now, head, group, attention, rules.position)
+                scores[row, head, token] = [best[chunk] for chunk in best]
+                read = _attend(query, keys, values, list(best), now, head, group, attention, rules.position)
+                of_chunks = (keys[c.lane, head // group, c.tokens] for c in best)
+                logits = [
+                    _logits(query, key, [now - at for at in c.positions], head, attention, rules.position)
+                    for c, key in zip(best, of_chunks, strict=True)
+                ]
+                weights[row, head, token] = [torch.exp(each - read[1]).sum().item() for each in logits]
                 rows.append(read[0])
                 log_sum_exps.append(read[1])
     shape = (num_rows, num_heads, num_tokens)
     recent = Read(torch.stack(recent_rows).view(*shape, dim), torch.stack(recent_lse).view(shape), {})
     values, log_sum_exp = torch.stack(rows).view(*shape, dim), torch.stack(log_sum_exps).view(shape)
-    return Read(values, log_sum_exp, found, recent if rules.window_tokens else None)
+    return Read(values, log_sum_exp, found, recent if rules.window_tokens else None, scores, weights)
 
 
 def _attend(
@@ -177,10 +186,13 @@ def _may_see(visible: Tensor, chunk: Chunk, start: int, rules: Rules) -> bool:
 
 def _best(
     queries: Mapping[int, Tensor], keys: Tensor, seen: list[Chunk], now: int, attention: Attention, rules: Rules
-) -> list[Chunk]:
-    """The top chunks for the queries of some heads by their mean key, read at the distance of the chunk's centre."""
+) -> dict[Chunk, float]:
+    """The top chunks for the queries of some heads by their mean key, read at the distance of the chunk's centre.
+
+    With their scores, the best first.
+    """
     if not seen:
-        return []
+        return {}
     means = torch.stack([keys[chunk.lane, chunk.tokens].mean(0) for chunk in seen])
     distances = [now - sum(chunk.positions) / len(chunk.positions) for chunk in seen]
     of_heads = [
@@ -188,7 +200,7 @@ def _best(
     ]
     scores = torch.stack(of_heads).amax(0).tolist()
     order = sorted(range(len(seen)), key=lambda i: -scores[i])
-    return [seen[i] for i in order[: rules.top_k_tokens // rules.chunk_size]]
+    return {seen[i]: scores[i] for i in order[: rules.top_k_tokens // rules.chunk_size]}
 
 
 def _logits(

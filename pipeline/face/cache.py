@@ -102,6 +102,10 @@ class LongMemCache(Cache):
         """Tokens of this stream that were read, padding included; never what was remembered before it."""
         return self._length
 
+    def count_anew(self) -> None:
+        """What comes is counted from here: the next `generate` is given only what was not read yet."""
+        self._length = 0
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no end."""
         return -1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.data.text import decode, readable
 from pipeline.errors import DataError, LongMemMemoryError
 from pipeline.face.memory import Memory
 
@@ -81,6 +83,37 @@ def tokens_of_texts(texts: Any, tokenizer: Any, load: Any) -> list[Tensor]:
         found.append(ids.to(torch.int64))
     if not found:
         raise DataError("there is nothing to remember", got="no text", do="give at least one")
+    return found
+
+
+def texts_of_files(paths: Sequence[Path]) -> dict[str, str]:
+    """Texts by the names of their files, or by their paths where names are alike.
+
+    Args:
+        paths: Files of UTF-8 text.
+
+    Returns:
+        The texts, in order.
+
+    Raises:
+        DataError: A file cannot be read, is empty, is no UTF-8, or is named twice.
+    """
+    names = [readable(path.name) for path in paths]
+    found: dict[str, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        where = readable(path)
+        name = name if names.count(name) == 1 else where
+        if name in found:
+            raise DataError("a file is named twice", got=where, do="leave it out once")
+        try:
+            text = decode(path.read_bytes(), where=where)
+        except OSError as error:
+            raise DataError(
+                "a file cannot be read", got=f"{where} ({error.strerror or error})", do="check its name"
+            ) from error
+        if not text.removeprefix("\ufeff").strip():
+            raise DataError("a file is empty", got=where, expected="text", do="leave it out")
+        found[name] = text.removeprefix("\ufeff").replace("\r\n", "\n")
     return found
 
 

@@ -138,6 +138,15 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             self._kind = kind_of(self.longmem, self.config.backbone_hash or identity(self.backbone))
         return self._kind
 
+    def own_tokenizer(self) -> Any:
+        """The tokenizer that lies beside the model, or else beside the backbone; a DataError if there is none."""
+        for name in (self.config.name_or_path, self.backbone.name_or_path, self.config.backbone_name):
+            try:
+                return load_tokenizer(str(name))
+            except DataError as error:
+                failed = error
+        raise failed
+
     def memorize(
         self,
         texts: Any,
@@ -163,7 +172,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             DataError: A text is empty, or ids are outside the vocabulary.
             LongMemMemoryError: Two documents are called alike.
         """
-        tokens = tokens_of_texts(texts, tokenizer, self._own_tokenizer)
+        tokens = tokens_of_texts(texts, tokenizer, self.own_tokenizer)
         kind, found = self.memory_kind, []
         for name, text in zip(names_of(names, len(tokens)), tokens, strict=True):
             checks.check_ids(text[None], self.config.vocab_size)
@@ -283,14 +292,6 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _reads(self, memory: Memories) -> bool:
         return memory is not False and self.longmem.settings.memory.enabled
-
-    def _own_tokenizer(self) -> Any:
-        for name in (self.config.name_or_path, self.config.backbone_name):
-            try:
-                return load_tokenizer(str(name))
-            except DataError as error:
-                failed = error
-        raise failed
 
 
 def _remembering_in(dtype: torch.dtype, settings: ModelSettings) -> ModelSettings:

@@ -126,8 +126,9 @@ def start_of(model: LongMem, memories: Sequence[Memory]) -> Start:
     for memory in memories[:-1]:
         sources.append(Source(_bank(model, memory), place))
         place += -(-memory.end // segment) * segment
-    # Of one memory the lane forgets what the model forgets; several are all there when the row begins.
-    reach = max(most, place + memories[-1].end) if len(memories) > 1 else most
+    # Of one document the lane forgets what the model forgets; several are all there when the row begins.
+    is_one = sum(len(memory.sources) for memory in memories) <= 1
+    reach = most if is_one else max(most, place + memories[-1].end)
     recent: list[int] = []
     tail = torch.zeros(0, dtype=torch.int64)
     if memories and memories[-1].sources:

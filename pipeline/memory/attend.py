@@ -64,6 +64,16 @@ def attend(view: LayerView, queries: Queries, winners: Winners) -> Partial:
     return partial
 
 
+def chunk_log_sum_exps(view: LayerView, queries: Queries, winners: Winners) -> Tensor:
+    """Log-sum-exp of the logits of each chunk's tokens, float32 `[m, u, w]`; `-inf` where there is no chunk."""
+    shape = (len(winners.members), queries.far.shape[3], winners.slots.shape[1])
+    found = queries.far.new_full(shape, NOTHING)
+    for rows, piece in _pieces(view, winners):
+        logits = _tokens(view, queries, piece).logits.unflatten(-1, (-1, view.segment.chunk_size))
+        found[rows, :, : piece.slots.shape[1]] = logits.logsumexp(dim=-1)
+    return found
+
+
 def combine(partials: list[Partial], members: list[Tensor], num_units: int) -> Partial:
     """Adds partial results over different keys up, in the order given.
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.memory.attend import Partial, attend, combine
+from pipeline.memory.attend import Partial, attend, chunk_log_sum_exps, combine
 from pipeline.memory.bank import MemoryBank
-from pipeline.memory.layer import NOTHING, Geometry, LayerView
+from pipeline.memory.layer import NOTHING, Geometry, LayerView, Queries
 from pipeline.memory.quick import can_read, read_few
 from pipeline.memory.reader import MemoryRead
-from pipeline.memory.search import search
+from pipeline.memory.search import Retrieved, search
 from pipeline.memory.segment import Reading, ReadSettings, SegmentView
 from pipeline.memory.window import attend_window
 from pipeline.memory.winners import Winners
@@ -47,6 +48,21 @@ class Source:
         return self.shift + self.bank.end
 
 
+@dataclass(frozen=True)
+class ChunksRead:
+    """The chunks that some queries read, `w` places for each query; not all hold one.
+
+    Attributes:
+        places: Place of each chunk's first token, int64 `[B, H, q, w]`.
+        scores: What it was retrieved by, float32, same shape; `-inf` where there is no chunk.
+        shares: Of a query's attention inside memory, float32, same shape; 0 where there is no chunk.
+    """
+
+    places: Tensor
+    scores: Tensor
+    shares: Tensor
+
+
 class SourcesReader:
     """Reads some banks for the queries of one segment of each row.
 
@@ -68,7 +84,7 @@ class SourcesReader:
         num_rows: int,
     ) -> None:
         self.sources, self.geometries, self.num_rows = sources, geometries, num_rows
-        self.settings = replace(settings, scope="lane")
+        self.settings, self._start = replace(settings, scope="lane"), start
         self._rules = [geometry.rule(settings.rule) for geometry in geometries]
         self._segments = {rule: self._views_of(rule, start) for rule in set(self._rules)}
         self._recent = self._views_of(PositionRule("true"), start, is_window=True) if settings.window_tokens else []
@@ -113,6 +129,18 @@ class SourcesReader:
             window = _of_blocks(of_window, query.device)
         return replace(_of_blocks(found, query.device), window=window)
 
+    def chunks(self, index: int, query: Tensor) -> ChunksRead:
+        """Which chunks `read` reads for the same queries; they are searched for once more."""
+        searched, _ = self._views(index)
+        size, parts = self.settings.query_block_tokens, []
+        for first, block in enumerate(query.split(size, dim=2)):
+            asked = block.to(searched[0].segment.device, torch.float32) if searched else block
+            tokens = slice(first * size, first * size + block.shape[2])
+            parts.append(_chunks_of_block(searched, asked, tokens, start=self._start))
+        places, scores, log_sum_exp = (torch.cat(each, dim=2).to(query.device) for each in zip(*parts, strict=True))
+        shares = torch.where(scores == NOTHING, 0.0, log_sum_exp.softmax(dim=-1))
+        return ChunksRead(places, scores, shares)
+
     def _views(self, index: int) -> tuple[list[LayerView], list[LayerView]]:
         """Of one memory layer: what is searched, and what is read whole."""
         if index not in self._layers:
@@ -144,8 +172,16 @@ Found = list[tuple[Partial, Tensor]]
 """Partial attention, and which units it is of."""
 
 
-def _retrieved(views: list[LayerView], query: Tensor, tokens: slice) -> Found:
-    """Attention to the best chunks of all banks together."""
+class _Chosen(NamedTuple):
+    """What some queries read in one bank."""
+
+    queries: Queries
+    found: Retrieved
+    winners: Winners
+
+
+def _chosen(views: list[LayerView], query: Tensor, tokens: slice) -> list[_Chosen]:
+    """The best chunks of all banks together."""
     queries = [view.queries(query, tokens) for view in views]
     k = views[0].segment.settings.top_k_chunks
     found = [search(view, asked) for view, asked in zip(views, queries, strict=True)]
@@ -155,10 +191,37 @@ def _retrieved(views: list[LayerView], query: Tensor, tokens: slice) -> Found:
         # Keys of chunks are all different, for their places are: exactly k reach the k-th best.
         smallest = torch.cat([each.keys for each in found], dim=-1).topk(k, dim=-1).values[..., -1].flatten()
     winners = [Winners.of(each, smallest) for each in found]
+    return [_Chosen(*each) for each in zip(queries, found, winners, strict=True)]
+
+
+def _retrieved(views: list[LayerView], query: Tensor, tokens: slice) -> Found:
+    """Attention to the best chunks of all banks together."""
+    chosen = _chosen(views, query, tokens)
     return [
-        (attend(view, asked, chosen), chosen.members)
-        for view, asked, chosen in zip(views, queries, winners, strict=True)
+        (attend(view, of_bank.queries, of_bank.winners), of_bank.winners.members)
+        for view, of_bank in zip(views, chosen, strict=True)
     ]
+
+
+def _chunks_of_block(views: list[LayerView], query: Tensor, tokens: slice, *, start: int) -> list[Tensor]:
+    """Places, scores and log-sum-exps of the chunks that a block of queries reads, `[B, H, t, banks * k]` each."""
+    nothing = torch.full((*query.shape[:3], 0), NOTHING, device=query.device)
+    found = [nothing.long(), nothing, nothing]
+    for view, (queries, retrieved, winners) in zip(views, _chosen(views, query, tokens) if views else [], strict=True):
+        segment, sizes = view.segment, {"num_heads": query.shape[1], "num_tokens": query.shape[2]}
+        units = (segment.pools.num_units(len(query), **sizes), queries.far.shape[3], segment.settings.top_k_chunks)
+        width = winners.slots.shape[1]
+        of_bank = [
+            segment.slot_offset[winners.slots.long()][:, None] + start,
+            retrieved.scores.flatten(0, 2)[winners.members, None, :width].masked_fill(~winners.valid[:, None], NOTHING),
+            chunk_log_sum_exps(view, queries, winners),
+        ]
+        whole = (torch.zeros(units, dtype=torch.int64), torch.full(units, NOTHING), torch.full(units, NOTHING))
+        for into, part in zip(whole, of_bank, strict=True):
+            into[winners.members, :, :width] = part.to(into.device)
+        by_row = [segment.pools.by_row(each, **sizes).to(query.device) for each in whole]
+        found = [torch.cat(pair, dim=-1) for pair in zip(found, by_row, strict=True)]
+    return found
 
 
 def _joined(views: list[LayerView], found: Found, query: Tensor) -> MemoryRead:

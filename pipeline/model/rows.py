@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.backbone.encoding import KeyValue
 from pipeline.memory.reader import MemoryRead
-from pipeline.memory.sources import SourcesReader
+from pipeline.memory.sources import ChunksRead, SourcesReader
 from pipeline.model.longmem import LongMem
 from pipeline.model.opened import OpenSegment, join_pasts, rows_of_past
 from pipeline.model.owned import Row, own_bank, put_together
@@ -239,6 +239,11 @@ class _Groups:
         whole = _below(parts, order.to(query.device))
         windows = [part.window for part in parts if part.window is not None]
         return replace(whole, window=_below(windows, order.to(query.device)) if windows else None)
+
+    def chunks(self, index: int, query: Tensor) -> ChunksRead:
+        """As `SourcesReader.chunks`, of rows that read alike."""
+        ((_, reader),) = self.readers
+        return reader.chunks(index, query)
 
 
 def _below(parts: Sequence[MemoryRead], order: Tensor) -> MemoryRead:

@@ -47,6 +47,10 @@ class MemoryReader(Protocol):
         ...
 
 
+ReadObserver = Callable[[int, MemoryReader, Tensor, Tensor], None]
+"""Is told of a read: the memory layer's index, reader, queries `[B, H, T, D]`, and weight of memory `[B, H, T]`."""
+
+
 class MemoryFusion(nn.Module):
     """Reads memory and fuses it into the input of an attention module's output projection.
 
@@ -91,6 +95,7 @@ class MemoryFusion(nn.Module):
         self.past: SideNetPast | None = None
         self.sink: KeyValue | None = None
         self.memory_share: Tensor | None = None  # mean weight of memory at the last read
+        self.observe: ReadObserver | None = None
         self._outputs: dict[str, Tensor] = {}
         for name in family.hooked:  # methods, not closures: with the module they are copied
             attention.get_submodule(name).register_forward_hook(partial(self._keep, name))
@@ -147,6 +152,8 @@ class MemoryFusion(nn.Module):
             sees = read.log_sum_exp != float("-inf")
             weight = torch.where(sees, torch.sigmoid(self.gate.float())[:, None], 1.0)
         self.memory_share = 1.0 - weight.detach().mean(dim=(0, 2))  # [H]
+        if self.observe is not None and reader is not None:
+            self.observe(self.index, reader, query, 1.0 - weight.detach())
         weight = weight[..., None]  # [B, H, T, 1]
         return (weight * near + (1 - weight) * read.values).to(local.dtype)
 
