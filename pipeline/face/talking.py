@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pipeline.errors import DataError
 from pipeline.face import checks
-from pipeline.face.cache import begin
+from pipeline.face.cache import LongMemCache
 from pipeline.face.looking import Lane, Shares, watching
 from pipeline.face.memory import Memory
 from pipeline.face.model import LongMemForCausalLM
@@ -61,7 +61,8 @@ class Talk:
         self._has_template = not is_plain and bool(getattr(tokenizer, "chat_template", None))
         start = start_of(model.longmem, memories)
         reads_memory = reads_memory and model.longmem.settings.memory.enabled
-        self._cache = begin([begun(model.longmem, start, reads_memory=reads_memory)])
+        self._cache = LongMemCache()
+        self._cache.begin(begun(model.longmem, start, reads_memory=reads_memory), None)
         self._lane = Lane(memories, start, tokenizer, own_name="this dialogue")
         self._unread: list[int] = []  # the last token of an answer: nothing has come after it yet
         self._has_begun = False

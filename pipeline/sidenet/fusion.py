@@ -5,7 +5,7 @@ Shapes: `B` rows, `H` query heads, `T` tokens, `D` head size, `E` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
