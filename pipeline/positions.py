@@ -51,7 +51,8 @@ class PositionEncoding:
             return x
         known = (position, x.dtype, x.device)
         if known not in self._known:
-            self._known[known] = self._angles(torch.full((), position, device=x.device), x)
+            with torch.inference_mode(False):  # what is kept must serve learning, too
+                self._known[known] = self._angles(torch.full((), position, device=x.device), x)
         return self._turned(x, *self._known[known])
 
     def _angles(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

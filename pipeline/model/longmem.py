@@ -187,9 +187,9 @@ class LongMem:
     def _sinks(self, device: torch.device) -> Sequence[KeyValue]:
         """Keys and values of one token encoded alone; the backbone is frozen, so they are worked out once."""
         if self._sink_of_layer is None:
-            alone: Encoding = self._encode(
-                torch.tensor([[sink_token(self.backbone.model.config)]], device=device), None
-            )
+            with torch.inference_mode(False):  # what is kept must serve learning, too
+                token = torch.tensor([[sink_token(self.backbone.model.config)]], device=device)
+                alone: Encoding = self._encode(token, None)
             self._sink_of_layer = alone.memory
         return self._sink_of_layer
 
