@@ -175,7 +175,7 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 def _trainable_copy(module: nn.Module, backbone: Backbone) -> nn.Module:
     """A copy with parameters of its own and without the hooks that were put on the original."""
     with backbone.made_whole(list(module.parameters())):
-        clone = copy.deepcopy(module)
+        clone = copy.deepcopy(module, {id(backbone): backbone})  # its hooks hold the backbone, which is not copied
     for part in clone.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -108,3 +108,13 @@ def test_a_small_weight_of_memory_is_not_rounded_away_in_bf16(weight: float) -> 
     found = fusion.fuse(local, local, local[:, :2], Ones())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), torch.full(found.shape, weight), atol=0, rtol=2**-8)
+
+
+def test_a_copied_layer_does_not_bring_the_backbone_with_it(monkeypatch):
+    """Hooks on the original hold the backbone: copied with every layer, it would be there dozens of times."""
+
+    def copied(self, memo):
+        raise AssertionError("the backbone was copied")
+
+    monkeypatch.setattr(Backbone, "__deepcopy__", copied, raising=False)
+    TinyLongMem(tiny_model("llama"), sidenet={"layout": "top", "memory_layers": "all"})
