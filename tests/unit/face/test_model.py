@@ -196,4 +196,6 @@ def test_what_transformers_asks_of_a_model(model):
     assert torch.equal(logits(model, ids, logits_to_keep=3), whole[:, -3:])
     assert torch.equal(logits(model, ids, logits_to_keep=torch.tensor([0, 7])), whole[:, [0, 7]])
     assert torch.equal(model(ids, return_dict=True)["logits"], whole)
+    loss, *others = model(ids, labels=ids, return_dict=False)
+    assert loss.shape == () and torch.equal(others[0], whole)
     assert torch.equal(model.get_input_embeddings().weight, model.backbone.get_input_embeddings().weight)

@@ -18,7 +18,7 @@ NEWEST = transformers.__version__
 OLDEST = "5.17.0"
 # The newest ones that it takes; all else is in the environment.
 BESIDE_THE_OLDEST = ("huggingface_hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9")
-PASSED = 60  # of transformers' tests, at least: fewer would be another file
+PASSED = 55  # of transformers' tests, at least: fewer would be another file
 NARROW = (
     "tests/unit/face/test_bad_input.py",
     "tests/unit/face/test_saving.py",
