@@ -68,13 +68,14 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        exact = [buffer.clone() for buffer in self.backbone.buffers()]
+        exact, was = [buffer.clone() for buffer in self.backbone.buffers()], (self.backbone.dtype, self.longmem.device)
         super()._apply(*args, **kwargs)
         for buffer, before in zip(self.backbone.buffers(), exact, strict=True):
             if not before.is_meta:
                 buffer.data = before.to(buffer.device)  # frequencies of positions are no weights: they keep their dtype
-        old = self.longmem  # which may keep tensors of the old dtype, or where the model was
-        self._longmem = [LongMem(_remembering_in(self.backbone.dtype, old.settings), old.backbone, old.sidenet)]
+        if was != (self.backbone.dtype, self.longmem.device):
+            old = self.longmem  # which may keep tensors of the old dtype, or where the model was
+            self._longmem = [LongMem(_remembering_in(self.backbone.dtype, old.settings), old.backbone, old.sidenet)]
         return self
 
     def init_weights(self) -> None:
