@@ -240,6 +240,8 @@ def test_another_dtype(saved, expected, tmp_path):
             model.generate(IDS, max_new_tokens=12, **QUIET),
             model.generate(IDS, max_new_tokens=12, use_cache=False, **QUIET),
         )
+    memory = LongMemForCausalLM.from_pretrained(saved / "model").memorize(IDS[0], progress=False)
+    assert memory.dtype == "fp32" and put(IDS, memory=memory).logits.dtype == torch.float32
     put.save_pretrained(tmp_path / "beside")
     put.save_pretrained(tmp_path / "with", save_backbone=True)
     put.to(torch.float32).save_pretrained(tmp_path / "back")
