@@ -23,9 +23,8 @@ NARROW = (
     "tests/unit/face/test_bad_input.py",
     "tests/unit/face/test_saving.py",
     "tests/unit/face/test_generate.py",
-    "tests/unit/face/test_model.py",
 )
-SLOW = "no_end or other_rows or to_no_other or any_length"
+SLOW = "no_end or other_rows or another_dtype"
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> str:
