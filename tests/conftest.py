@@ -35,6 +35,8 @@ LONGEST = (
     "distributed/test_ill_runs.py",
     "end_to_end/test_wheel.py",
     "end_to_end/test_launchers.py",
+    "unit/face/test_generate_families.py",
+    "unit/face/test_transformers.py",
 )
 
 

@@ -68,12 +68,14 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        exact = [buffer.clone() for buffer in self.backbone.buffers()]
+        exact, was = [buffer.clone() for buffer in self.backbone.buffers()], (self.backbone.dtype, self.longmem.device)
         super()._apply(*args, **kwargs)
         for buffer, before in zip(self.backbone.buffers(), exact, strict=True):
-            buffer.data = before.to(buffer.device)  # frequencies of positions are no weights: they keep their dtype
-        old = self.longmem  # which may keep tensors of the old dtype, or where the model was
-        self._longmem = [LongMem(_remembering_in(self.backbone.dtype, old.settings), old.backbone, old.sidenet)]
+            if not before.is_meta:
+                buffer.data = before.to(buffer.device)  # frequencies of positions are no weights: they keep their dtype
+        if was != (self.backbone.dtype, self.longmem.device):
+            old = self.longmem  # which may keep tensors of the old dtype, or where the model was
+            self._longmem = [LongMem(_remembering_in(self.backbone.dtype, old.settings), old.backbone, old.sidenet)]
         return self
 
     def init_weights(self) -> None:
@@ -100,11 +102,11 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         return cast(nn.Module, self.backbone.get_output_embeddings())
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> LongMemForCausalLM:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Loads a saved or exported LongMem, and its backbone.
 
         Args:
-            name: Folder or hub name.
+            pretrained_model_name_or_path: Folder or hub name.
             **kwargs: `backbone`: the backbone's folder or hub name, or the loaded causal LM, whose tensors are shared;
                 by default where the model was saved or trained. `settings`: laid over the saved ones, such as
                 `{"memory": {"tokens": 16384}}`. `dtype`, `device_map` (one device), `revision`, `subfolder`,
@@ -112,21 +114,21 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
                 has them.
 
         Returns:
-            The model, in evaluation mode.
+            The model, in evaluation mode; with `output_loading_info=True` also what was missing: nothing.
 
         Raises:
             CheckpointError: The folder holds none, is damaged or newer, or the backbone is another one.
             BackboneError: The backbone cannot be loaded.
             ConfigError: A setting is wrong.
         """
-        return load(cls, str(name), **kwargs)
+        return load(cls, str(pretrained_model_name_or_path), **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, *, save_backbone: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, save_backbone: bool | None = None, **kwargs: Any) -> None:
         """Saves the SideNet, and which backbone it stands beside.
 
         Args:
             save_directory: The folder.
-            save_backbone: Whether the backbone is saved in it too, whole.
+            save_backbone: Whether the backbone is saved in it too, whole; None: if it is not known where else it lies.
             **kwargs: As transformers has them.
         """
         save(self, Path(save_directory), save_backbone=save_backbone, **kwargs)
@@ -238,9 +240,10 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             count = kwargs.get("num_items_in_batch")
             loss = loss_of(self.longmem, hidden, labels, there, num_items_in_batch=count)
         kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss, logits=self.longmem.logits(kept), past_key_values=None if use_cache is False else cache
         )
+        return output if kwargs.get("return_dict") is not False else output.to_tuple()
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As transformers generates, with `memory=` as in `forward`.

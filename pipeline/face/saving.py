@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from pipeline.face.model import LongMemForCausalLM
 
 logger = logging.getLogger(__name__)
+_AMISS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _OF_A_HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
-_IGNORED = ("low_cpu_mem_usage", "use_safetensors", "output_loading_info", "weights_only", "_from_auto", "_commit_hash",
+_IGNORED = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "_from_auto", "_commit_hash",
             "adapter_kwargs", "trust_remote_code", "code_revision")  # fmt: skip
 
 
-def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForCausalLM:
+def load(cls: type[LongMemForCausalLM], name: str, *, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """As `LongMemForCausalLM.from_pretrained`."""
     hub = {key: kwargs.pop(key) for key in _OF_A_HUB if kwargs.get(key) is not None}
     for key in (*_OF_A_HUB, *_IGNORED):
@@ -59,10 +60,12 @@ def load(cls: type[LongMemForCausalLM], name: str, **kwargs: Any) -> LongMemForC
     model.sidenet.to(device)
     model.generation_config = generation or _generation_config(name, hub, causal_lm)
     model.config.name_or_path = name
-    return model.eval()
+    model.eval()
+    # What does not fit was refused.
+    return (model, {kind: set() for kind in _AMISS}) if output_loading_info else model
 
 
-def save(model: LongMemForCausalLM, folder: Path, *, save_backbone: bool, **kwargs: Any) -> None:
+def save(model: LongMemForCausalLM, folder: Path, *, save_backbone: bool | None, **kwargs: Any) -> None:
     """As `LongMemForCausalLM.save_pretrained`."""
     if folder.is_file():  # of which transformers says a word in the log
         raise CheckpointError("this is a file", got=folder, expected="a folder, there or not", do="name another one")
@@ -72,10 +75,13 @@ def save(model: LongMemForCausalLM, folder: Path, *, save_backbone: bool, **kwar
         config.backbone_hash = identity(model.backbone)
         before = before[0], config.backbone_hash
         config.settings["precision"] = model.longmem.settings.precision  # in which it is to be compared
+    name = config.backbone_name
+    if name in ("", BACKBONE):
+        name = str(getattr(model.backbone.config, "_name_or_path", "") or "")
+    save_backbone = not name if save_backbone is None else save_backbone  # without it nobody could load the model
+    config.backbone_name = BACKBONE if save_backbone else name
     if save_backbone:  # as it is now: another one than it was if the model was put into another dtype
-        config.backbone_name, config.backbone_hash = BACKBONE, identity(model.backbone)
-    elif not config.backbone_name or config.backbone_name == BACKBONE:
-        config.backbone_name = str(getattr(model.backbone.config, "_name_or_path", "") or "")
+        config.backbone_hash = identity(model.backbone)
     weights = {name: weight.detach() for name, weight in model.sidenet.named_parameters()}
     try:
         kwargs.pop("state_dict", None)

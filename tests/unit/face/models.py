@@ -83,6 +83,12 @@ def expected_tokens(model: LongMem, text: Sequence[int] | Tensor, count: int) ->
     return found
 
 
+def are_likeliest(model: LongMem, text: Tensor, tokens: Tensor) -> bool:
+    """Whether tokens `[m]` behind a text `[n]` are what `expected_tokens` gives; the text is read once."""
+    before = torch.cat([text, tokens[:-1]])[None]
+    return torch.equal(expected_logits(model, before)[0, -len(tokens) :].argmax(-1), tokens)
+
+
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Texts in one batch, padded on the left, and its mask."""
     most = max(len(text) for text in texts)

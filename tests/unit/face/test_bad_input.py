@@ -172,6 +172,7 @@ def test_a_cache_goes_on_as_it_has_begun(model):
         model(IDS[:1, :1], past_key_values=cache)
     moved = tiny_face()
     cache = moved(IDS, use_cache=True).past_key_values
+    moved.to("cpu")(IDS, past_key_values=cache)  # where it was
     with pytest.raises(DataError, match="or this one was put elsewhere or into another dtype since"):
         moved.to(torch.bfloat16)(IDS, past_key_values=cache)
 

@@ -54,6 +54,8 @@ def test_auto_classes_know_it(saved, expected):
         saved / "model", dtype="auto", device_map="cpu", revision="main", trust_remote_code=False
     )
     assert isinstance(model, LongMemForCausalLM) and not model.training and torch.equal(logits(model), expected)
+    told, info = AutoModelForCausalLM.from_pretrained(saved / "model", output_loading_info=True)
+    assert torch.equal(logits(told), expected) and not any(info.values()) and "missing_keys" in info
     shutil.copytree(saved / "model", saved / "all" / "mine", dirs_exist_ok=True)
     for load in (AutoModelForCausalLM, LongMemForCausalLM):
         assert torch.equal(logits(load.from_pretrained(saved / "all", subfolder="mine")), expected)
@@ -238,6 +240,8 @@ def test_another_dtype(saved, expected, tmp_path):
             model.generate(IDS, max_new_tokens=12, **QUIET),
             model.generate(IDS, max_new_tokens=12, use_cache=False, **QUIET),
         )
+    memory = LongMemForCausalLM.from_pretrained(saved / "model").memorize(IDS[0], progress=False)
+    assert memory.dtype == "fp32" and put(IDS, memory=memory).logits.dtype == torch.float32
     put.save_pretrained(tmp_path / "beside")
     put.save_pretrained(tmp_path / "with", save_backbone=True)
     put.to(torch.float32).save_pretrained(tmp_path / "back")
@@ -258,6 +262,13 @@ def test_copies_are_models_of_their_own(saved, expected):
     config.settings["memory"]["tokens"] = 4
     assert twin.config.hidden_size == 32 and twin.config.settings["memory"]["tokens"] == 32
     assert LongMemConfig.from_dict(twin.config.to_dict()).to_dict() == twin.config.to_dict()
+
+
+def test_a_backbone_of_which_nobody_knows_where_it_lies_is_saved_too(tmp_path):
+    model = tiny_face()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "backbone" / "model.safetensors").is_file()
+    assert torch.equal(logits(LongMemForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_a_folder_holds_the_sidenet_and_no_pickle(saved, tmp_path):
