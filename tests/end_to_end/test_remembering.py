@@ -82,7 +82,9 @@ def test_what_an_answer_looked_up_is_printed(model: str, memory: Path, capsys: C
     answer, _, shown = capsys.readouterr().out.partition("\nlooked up:\n")
     lines = shown.splitlines()
     assert answer and 1 <= len([line for line in lines if line]) <= 5
-    assert all(re.fullmatch(r" +\d+\.\d\d%  harbour\.txt, [\d,]+ tokens back: '.+'", line) for line in lines if line)
+    assert all(
+        re.fullmatch(r" +\d+%  harbour\.txt, [\d,]+ tokens back, layer [1-4]: '.+'", line) for line in lines if line
+    )
 
 
 def test_samples_are_the_same_with_the_same_seed(model: str, capsys: Capture) -> None:
