@@ -164,7 +164,7 @@ def _answer(options: argparse.Namespace, talk: Talk, tokenizer: Any, text: str) 
         shown = talk.looked_up(_CHUNKS_SHOWN)
         print("\nlooked up:" if shown else "\nlooked up: nothing")
         for one in shown:
-            print(f"  {one.share:6.2%}  {one.document}, {one.distance:,} tokens back: {one.text!r}")
+            print(f"  {one.share:4.0%}  {one.document}, {one.distance:,} tokens back, layer {one.layer}: {one.text!r}")
         print()
 
 

@@ -6,7 +6,6 @@ Shapes: `H` query heads, `t` tokens that are read at once, `w` chunks of a query
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import nlargest
@@ -114,35 +113,32 @@ class LookUps:
             self.kept[first + token] = nlargest(self._most, self.kept[first + token] + best, key=_share)
 
 
-class Shares:
-    """How much of their attention the tokens of an answer gave to each chunk.
+class Peaks:
+    """The chunks that a token of an answer gave much of its attention to, in some memory layer.
 
-    Those that an answer's tokens are predicted from: of a read of several, a prompt, the last.
+    Of the tokens that an answer's are predicted from: of a read of several, a prompt, the last.
     """
 
     def __init__(self) -> None:
-        self._of_layer: dict[int, dict[int, float]] = {}
-        self._num_tokens: Counter[int] = Counter()
+        self._of_layer: dict[int, dict[int, LookedUp]] = {}
 
     def note(self, layer: int, read: ChunksRead, weight: Tensor) -> None:
         """As `Note`."""
-        shares = self._of_layer.setdefault(layer, defaultdict(float))
+        peaks = self._of_layer.setdefault(layer, {})
         if weight.shape[2] > 1:
-            shares.clear()
-            self._num_tokens[layer] = 0
-        self._num_tokens[layer] += 1
+            peaks.clear()
         last = ChunksRead(*(each[:, :, -1:] for each in (read.places, read.scores, read.shares)))
         for _, _, found in _by_token(last, weight[:, :, -1:], layer, sys.maxsize):
-            for looked_up in found:
-                shares[looked_up.place] += looked_up.share
+            for each in found:
+                peaks[each.place] = max(peaks.get(each.place, each), each, key=_share)
 
-    def largest(self, count: int) -> list[tuple[int, float]]:
-        """Places of the chunks that were given most, and their shares, means over layers and tokens."""
-        whole: dict[int, float] = defaultdict(float)
-        for layer, shares in self._of_layer.items():
-            for place, share in shares.items():
-                whole[place] += share / self._num_tokens[layer] / len(self._of_layer)
-        return nlargest(count, whole.items(), key=lambda each: each[1])
+    def largest(self, count: int) -> list[LookedUp]:
+        """Those of the largest share, each chunk once, where it was looked up most."""
+        whole: dict[int, LookedUp] = {}
+        for peaks in self._of_layer.values():
+            for place, each in peaks.items():
+                whole[place] = max(whole.get(place, each), each, key=_share)
+        return nlargest(count, whole.values(), key=_share)
 
 
 def _share(looked_up: LookedUp) -> float:

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from pipeline.errors import DataError
 from pipeline.face import checks
 from pipeline.face.cache import LongMemCache
-from pipeline.face.looking import Lane, Shares, watching
+from pipeline.face.looking import Lane, Peaks, watching
 from pipeline.face.memory import Memory
 from pipeline.face.model import LongMemForCausalLM
 from pipeline.face.remembering import begun, start_of
@@ -29,7 +29,9 @@ class Shown(NamedTuple):
     distance: int
     """From the answer's first token back to the chunk's, in tokens."""
     share: float
-    """Of the attention that the answer was made with, mean over memory layers, heads and tokens."""
+    """The largest that a token of the answer gave it: of the token's attention in a layer, mean over heads."""
+    layer: int
+    """The memory layer, counted from 1."""
 
 
 class Talk:
@@ -66,7 +68,7 @@ class Talk:
         self._lane = Lane(memories, start, tokenizer, own_name="this dialogue")
         self._unread: list[int] = []  # the last token of an answer: nothing has come after it yet
         self._has_begun = False
-        self._shares = Shares()
+        self._peaks = Peaks()
         self._answered_at = self._lane.place
 
     @torch.no_grad()
@@ -98,11 +100,11 @@ class Talk:
             raise DataError("the prompt is empty", got=repr(text), do="write something")
         new = [*self._unread, *self._turn(text)]
         self._cache.count_anew()
-        self._shares = Shares()
+        self._peaks = Peaks()
         sidenet = self._model.longmem.sidenet
         with ExitStack() as stack:
             if watch:
-                stack.enter_context(watching(sidenet, list(sidenet.fusions), self._shares.note))
+                stack.enter_context(watching(sidenet, list(sidenet.fusions), self._peaks.note))
             ids = torch.tensor([new], device=self._model.longmem.device)
             whole = self._model.generate(
                 ids,
@@ -122,11 +124,11 @@ class Talk:
         return str(self._tokenizer.decode(made, skip_special_tokens=True))
 
     def looked_up(self, count: int) -> list[Shown]:
-        """What the last answer gave most of its attention to, if it was watched."""
+        """The chunks that a token of the last answer gave most of its attention to, if it was watched."""
         size = self._model.longmem.settings.memory.chunk_size
         return [
-            Shown(*self._lane.chunk(place, size), self._answered_at - place, share)
-            for place, share in self._shares.largest(count)
+            Shown(*self._lane.chunk(one.place, size), self._answered_at - one.place, one.share, one.layer)
+            for one in self._peaks.largest(count)
         ]
 
     def _ends(self) -> list[int]:

@@ -124,7 +124,8 @@ def test_what_an_answer_looked_up_is_of_what_was_remembered(model, tokenizer):
     assert {one.document for one in shown} == {"letter", "this dialogue"}
     assert all(one.text in f"{text}The letter" for one in shown if one.document == "letter")  # it goes on there
     assert [one.share for one in shown] == sorted((one.share for one in shown), reverse=True)
-    assert 0 < sum(one.share for one in shown) <= 1 + 1e-5
+    assert all(0 < one.share <= 1 and one.layer in (1, 2, 3, 4) for one in shown)
+    assert len({(one.document, one.distance) for one in shown}) == len(shown)
     assert talk.looked_up(2) == shown[:2]
     assert all(fusion.observe is None for fusion in model.longmem.sidenet.fusions.values())
 
