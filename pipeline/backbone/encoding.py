@@ -76,10 +76,6 @@ class KeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def first(self, count: int) -> KeyValue:
-        """Those of the first tokens."""
-        return KeyValue(self.key[:, :, :count], self.value[:, :, :count])
-
 
 class Encoding(NamedTuple):
     """One encoded segment.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from pipeline.backbone.cache import Roomy, SegmentCache
 from pipeline.backbone.encoding import Encoding, KeyValue
 from pipeline.model.longmem import LongMem
 from pipeline.sidenet.past import SideNetPast
@@ -27,13 +28,13 @@ class OpenSegment:
         num_context: Tokens of left context of each row, `B` of them.
         num_tokens: Tokens of its segment that were read.
         cache: Keys and values of the backbone's own attention, of left context and segment.
-        memory: What the memory layers will remember of the segment, `[B, Hkv, W, D]`; empty before the first piece.
+        pieces: What the memory layers will remember of each piece, `[B, Hkv, n, D]`.
     """
 
     num_context: list[int]
     num_tokens: list[int]
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    memory: list[KeyValue] = field(default_factory=list)
+    cache: DynamicCache = field(default_factory=SegmentCache)
+    pieces: list[Sequence[KeyValue]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, num_rows: int) -> OpenSegment:
@@ -59,16 +60,22 @@ class OpenSegment:
         lengths = [sum(counts) for counts in zip(self.num_context, self.num_tokens, strict=True)]
         columns = which_are_there(lengths, tokens.device)
         encoding = model.encode(tokens, None, num_context=num_context, cache=self.cache, columns=columns)
-        self.memory = [
-            KeyValue(*(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)))
-            for old, new in zip(self.memory or [kv.first(0) for kv in encoding.memory], encoding.memory, strict=True)
-        ]
+        self.pieces.append(encoding.memory)
         return encoding
+
+    @property
+    def memory(self) -> Sequence[KeyValue]:
+        """What the memory layers will remember of the segment so far, `[B, Hkv, W, D]`; none before the first piece."""
+        if len(self.pieces) > 1:
+            layers = zip(*self.pieces, strict=True)
+            self.pieces = [[KeyValue(*(torch.cat(part, dim=2) for part in zip(*kvs, strict=True))) for kvs in layers]]
+        return self.pieces[0] if self.pieces else []
 
     @property
     def num_bytes(self) -> int:
         """Bytes of what is kept."""
-        kept = [x for _, *pair in _layers(self.cache) for x in pair] + [x for kv in self.memory for x in kv]
+        kept = [x for _, *pair in _layers(self.cache) for x in pair]
+        kept += [x for piece in self.pieces for kv in piece for x in kv]
         return sum(x.nbytes for x in kept)
 
     def columns(self, device: torch.device) -> Tensor | None:
@@ -81,7 +88,7 @@ class OpenSegment:
         context, tokens = ([counts[number] for number in numbers] for counts in (self.num_context, self.num_tokens))
         width = max(sum(counts) for counts in zip(context, tokens, strict=True))
         memory = [KeyValue(*(x[index][:, :, x.shape[2] - max(tokens) :] for x in kv)) for kv in self.memory]
-        return OpenSegment(context, tokens, rows_of_cache(self.cache, index, width), memory)
+        return OpenSegment(context, tokens, rows_of_cache(self.cache, index, width), [memory] if memory else [])
 
     @classmethod
     def joined(cls, parts: Sequence[OpenSegment]) -> OpenSegment:
@@ -95,7 +102,7 @@ class OpenSegment:
             KeyValue(*(join_columns([None if not of else of[layer][kind] for of in kept], sizes) for kind in range(2)))
             for layer in range(max(len(of) for of in kept))
         ]
-        return cls(context, tokens, join_caches([part.cache for part in parts], sizes), memory)
+        return cls(context, tokens, join_caches([part.cache for part in parts], sizes), [memory] if memory else [])
 
 
 def which_are_there(lengths: Sequence[int], device: torch.device) -> Tensor | None:
@@ -109,7 +116,7 @@ def which_are_there(lengths: Sequence[int], device: torch.device) -> Tensor | No
 
 def rows_of_cache(cache: DynamicCache, index: Tensor, width: int) -> DynamicCache:
     """The last `width` columns of some rows of a cache, a copy."""
-    found = DynamicCache()
+    found = SegmentCache()
     for number, keys, values in _layers(cache):
         found.update(keys[index][:, :, keys.shape[2] - width :], values[index][:, :, values.shape[2] - width :], number)
     return found
@@ -118,21 +125,22 @@ def rows_of_cache(cache: DynamicCache, index: Tensor, width: int) -> DynamicCach
 def rows_of_past(past: SideNetPast, index: Tensor, width: int | None = None) -> SideNetPast:
     """The last `width` columns (None: all) of some rows of what the SideNet keeps, a copy."""
     width = past.num_tokens if width is None else width
-    keys = {number: key[index][:, :, key.shape[2] - width :] for number, key in past.keys.items()}
+    keys = {number: Roomy.of(key.whole[index][:, :, key.whole.shape[2] - width :]) for number, key in past.keys.items()}
     return SideNetPast(rows_of_cache(past.cache, index, width), keys)
 
 
 def join_pasts(pasts: Sequence[SideNetPast], sizes: Sequence[int]) -> SideNetPast:
     """What the SideNet keeps of the rows of all parts, which have so many."""
     layers = sorted({number for past in pasts for number in past.keys})
-    keys = {number: join_columns([past.keys.get(number) for past in pasts], sizes) for number in layers}
+    parts = {number: [past.keys[number].whole if number in past.keys else None for past in pasts] for number in layers}
+    keys = {number: Roomy.of(join_columns(columns, sizes)) for number, columns in parts.items()}
     return SideNetPast(join_caches([past.cache for past in pasts], sizes), keys)
 
 
 def join_caches(caches: Sequence[DynamicCache], sizes: Sequence[int]) -> DynamicCache:
     """A cache of the rows of all parts, which have so many."""
     parts = [{number: (keys, values) for number, keys, values in _layers(cache)} for cache in caches]
-    found = DynamicCache()
+    found = SegmentCache()
     for number in sorted({number for part in parts for number in part}):
         pairs = [part.get(number, (None, None)) for part in parts]
         found.update(*(join_columns([pair[kind] for pair in pairs], sizes) for kind in range(2)), number)

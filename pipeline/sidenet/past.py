@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pipeline.backbone.cache import Roomy, SegmentCache
 from pipeline.backbone.masks import document_mask
 
 
@@ -24,8 +25,8 @@ class SideNetPast:
         documents: int64 `[B, n + q]`, 0 where a token is and -1 where a row has none; None: all are there.
     """
 
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    keys: dict[int, Tensor] = field(default_factory=dict)
+    cache: DynamicCache = field(default_factory=SegmentCache)
+    keys: dict[int, Roomy] = field(default_factory=dict)
     documents: Tensor | None = None
 
     @property
@@ -39,7 +40,7 @@ class SideNetPast:
         """Bytes of what is kept."""
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) + sum(
-            key.nbytes for key in self.keys.values()
+            key.whole.nbytes for key in self.keys.values()
         )
 
     def mask(self, num_queries: int, *, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
@@ -66,11 +67,9 @@ class SideNetPast:
         if self.documents is not None:
             return ((self.documents == 0).cumsum(dim=1) - 1)[:, None, -num_queries:]
         kept = self.keys.get(index)
-        first = 0 if kept is None else kept.shape[2]
+        first = 0 if kept is None else kept.whole.shape[2]
         return torch.arange(first, first + num_queries, device=device)
 
     def extended(self, index: int, key: Tensor) -> Tensor:
         """Adds the rotated keys of new tokens, `[B, Hkv, q, D]`, of a memory layer: all of them."""
-        before = self.keys.get(index)
-        self.keys[index] = key if before is None else torch.cat([before, key], dim=2)
-        return self.keys[index]
+        return self.keys.setdefault(index, Roomy()).add(key)
