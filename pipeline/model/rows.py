@@ -52,6 +52,7 @@ class Rows:
         banks = {source.bank for row in self.rows for source in row.sources if source.is_open}
         return self.open.num_bytes + self.past.num_bytes + sum(bank.num_bytes for bank in banks)
 
+    @torch.inference_mode(False)  # banks that are made here must take what is read outside of it, too
     @torch.no_grad()
     def read(self, tokens: Tensor, *, wanted: int | None = None) -> Tensor:
         """Reads the next tokens of every row; whole segments go into memory.
