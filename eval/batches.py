@@ -26,7 +26,7 @@ class Batch:
         numbers: Of this rank's rows; the last ones may be there twice.
         all_numbers: Of the rows of the group.
         tokens: int64 `[B, T]`.
-        shared: How many tokens all rows of the group begin with alike, at least one.
+        shared: How many tokens all rows of the group begin with alike.
     """
 
     numbers: Sequence[int]

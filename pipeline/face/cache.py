@@ -145,8 +145,8 @@ def _read_alike(rows: Rows, tokens: Tensor, wanted: int) -> tuple[Rows, Tensor]:
         return rows, rows.read(tokens, wanted=wanted)
     leaders: dict[Hashable, int] = {}
     of_row: list[int] = []
-    for row, new in zip(rows.rows, tokens.tolist(), strict=True):
-        known = (row.sources, row.place, tuple(row.recent), tuple(new))
+    for row, count, new in zip(rows.rows, rows.open.num_tokens, tokens.tolist(), strict=True):
+        known = (row.sources, row.place, count, tuple(row.recent), tuple(new))
         of_row.append(leaders.setdefault(known, len(leaders)))
     if len(leaders) == len(of_row):
         return rows, rows.read(tokens, wanted=wanted)

@@ -216,9 +216,10 @@ def _chunks_of_block(views: list[LayerView], query: Tensor, tokens: slice, *, st
             retrieved.scores.flatten(0, 2)[winners.members, None, :width].masked_fill(~winners.valid[:, None], NOTHING),
             chunk_log_sum_exps(view, queries, winners),
         ]
-        whole = (torch.zeros(units, dtype=torch.int64), torch.full(units, NOTHING), torch.full(units, NOTHING))
+        whole = [torch.full(units, NOTHING, device=segment.device) for _ in of_bank]
+        whole[0] = torch.zeros(units, dtype=torch.int64, device=segment.device)
         for into, part in zip(whole, of_bank, strict=True):
-            into[winners.members, :, :width] = part.to(into.device)
+            into[winners.members, :, :width] = part
         by_row = [segment.pools.by_row(each, **sizes).to(query.device) for each in whole]
         found = [torch.cat(pair, dim=-1) for pair in zip(found, by_row, strict=True)]
     return found

@@ -9,6 +9,7 @@ Shapes: `B` rows, `q` tokens that are read now, `T` segment tokens, `N` tokens o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +52,7 @@ class Rows:
         banks = {source.bank for row in self.rows for source in row.sources if source.is_open}
         return self.open.num_bytes + self.past.num_bytes + sum(bank.num_bytes for bank in banks)
 
+    @torch.inference_mode(False)  # banks that are made here must take what is read outside of it, too
     @torch.no_grad()
     def read(self, tokens: Tensor, *, wanted: int | None = None) -> Tensor:
         """Reads the next tokens of every row; whole segments go into memory.
@@ -96,10 +98,11 @@ class Rows:
 
     def apart(self) -> list[Rows]:
         """Each row alone; what several remember in common is not added to any more."""
+        holders = Counter(source for row in self.rows for source in row.sources)
         for row in self.rows:
-            shared = [sum(source in other.sources for other in self.rows) > 1 for source in row.sources]
-            pairs = list(zip(row.sources, shared, strict=True))
-            row.sources = tuple(replace(source, is_open=source.is_open and not many) for source, many in pairs)
+            row.sources = tuple(
+                replace(source, is_open=source.is_open and holders[source] == 1) for source in row.sources
+            )
         numbers = torch.arange(len(self.rows), device=self.model.device)
         alone = [self.chosen(number) for number in numbers.split(1)]
         for each in alone:

@@ -231,3 +231,22 @@ def test_without_memory_a_segment_knows_nothing_of_those_before():
         alone = model(piece, memory=False).logits
         torch.testing.assert_close(found[:, start : start + SEGMENT], alone, atol=TOLERANCE, rtol=TOLERANCE)
     assert not torch.allclose(found[:, SEGMENT:], model(text).logits[:, SEGMENT:], atol=0.1)
+
+
+def test_rows_that_say_the_same_at_other_places_are_not_taken_for_one(model):
+    """Of a text that is one token again and again, what was read last is alike wherever a row stands."""
+    begun = model(torch.full((2, 36), 5), use_cache=True).past_key_values
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1] * 7])
+    parted = model(torch.full((2, 7), 5), attention_mask=mask, past_key_values=begun).past_key_values
+    found = model(torch.full((2, 2), 5), past_key_values=parted).logits
+    for row, length in zip(found, (41, 45), strict=True):
+        expected = expected_logits(model.longmem, torch.full((1, length), 5))[0, -2:]
+        torch.testing.assert_close(row, expected, atol=2 * TOLERANCE, rtol=TOLERANCE)  # chunks score alike: ties
+
+
+def test_what_was_begun_in_inference_mode_goes_on_outside_of_it(model):
+    text = tiny_tokens((1, 60))
+    with torch.inference_mode():
+        begun = model(text[:, :40], use_cache=True).past_key_values
+    found = model(text[:, 40:], past_key_values=begun).logits
+    torch.testing.assert_close(found, expected_logits(model.longmem, text)[:, 40:], atol=TOLERANCE, rtol=TOLERANCE)

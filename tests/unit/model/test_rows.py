@@ -145,3 +145,14 @@ def test_without_memory_nothing_of_earlier_segments_is_seen():
         with torch.no_grad():
             expected = model.hidden(model.encode(tokens, None), None)
         torch.testing.assert_close(found[:, start : start + SEGMENT], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_rows_apart_add_to_nothing_that_they_share():
+    model, texts = longmem(), tiny_tokens((2, LENGTH + 40))
+    texts[1, :40] = texts[0, :40]
+    rows = begin(model, 1)
+    rows.read(texts[:1, :40], wanted=0)
+    alone = rows.chosen(torch.zeros(2, dtype=torch.int64)).apart()
+    for part, text in reversed(list(zip(alone, texts, strict=True))):  # the last row writes first
+        found = part.read(text[None, 40:])[0]
+        torch.testing.assert_close(found, whole(model, text)[40:], atol=TOLERANCE, rtol=TOLERANCE)
