@@ -114,11 +114,14 @@ class Rows:
         """The rows of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
+        first = parts[0]
         for part in parts:
             part._remember_full()
-            part._read_context()
-        first = parts[0]
         whole = cls(first.model, [row for part in parts for row in part.rows], reads_memory=first.reads_memory)
+        if all(part._is_fresh for part in parts):
+            return whole  # each begins a segment, and so do all together
+        for part in parts:
+            part._read_context()
         whole.open, whole._is_fresh = OpenSegment.joined([part.open for part in parts]), False
         whole.past = join_pasts([part.past for part in parts], [len(part) for part in parts])
         return whole
