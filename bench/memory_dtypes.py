@@ -9,7 +9,7 @@ each way, written, opened again and read by two continuations, whose tokens are 
 `no memory` is `memory=False`. What is read now is remembered in the model's own dtype in every row, and left context is
 read anew: only what was stored differs.
 
-    python bench/memory_dtypes.py --model EXPORT [--data STORE | --text FILE ...] [--remembered 6144] [--scored 512]
+    python bench/memory_dtypes.py --model EXPORT [--data STORE | --text FILE ...] [--remembered 4096] [--scored 512]
 
 *minus fp32* is the mean loss of a token minus that with fp32, paired by token, with its standard error over texts;
 *largest* the largest change of a single token's loss, either way; *same chunks* the share of chunks looked up with fp32
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from tqdm import tqdm
 
 from eval.statistics import Float64Array, mean_and_exponential
 from pipeline.data.held_out import held_out_documents
@@ -198,8 +199,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="an export, or what save_pretrained wrote")
     parser.add_argument("--data", default=".cache/longmem/quickstart-data", help="a token store; its held-out texts")
     parser.add_argument("--text", type=Path, nargs="+", help="text files, instead of those")
-    parser.add_argument("--texts", type=int, default=8, help="of the token store, at most")
-    parser.add_argument("--remembered", type=int, default=6144, help="tokens of each text, at most")
+    parser.add_argument("--texts", type=int, default=6, help="of the token store, at most")
+    parser.add_argument("--remembered", type=int, default=4096, help="tokens of each text, at most")
     parser.add_argument("--scored", type=int, default=512)
     parser.add_argument("--memory-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -213,7 +214,7 @@ def main() -> None:
     lengths = ", ".join(f"{len(text) - options.scored - 1:,}" for text in texts)
     print(f"{len(texts)} texts; remembered: {lengths} tokens; {options.scored} scored of each", flush=True)
     results: Results = {name: defaultdict(Found) for name in ("on", "again")}
-    for text in texts:
+    for text in tqdm(texts, unit="text"):
         compare(model, text, options.scored, results)
     for name, found in results.items():
         show(name, found)
