@@ -9,7 +9,7 @@ each way, written, opened again and read by two continuations, whose tokens are 
 `no memory` is `memory=False`. What is read now is remembered in the model's own dtype in every row, and left context is
 read anew: only what was stored differs.
 
-    python bench/memory_dtypes.py --model EXPORT [--data STORE | --text FILE ...] [--remembered 4096] [--scored 512]
+    python bench/memory_dtypes.py --model EXPORT [--data STORE | --text FILE ...] [--remembered 4096] [--scored 256]
 
 *minus fp32* is the mean loss of a token minus that with fp32, paired by token, with its standard error over texts;
 *largest* the largest change of a single token's loss, either way; *same chunks* the share of chunks looked up with fp32
@@ -31,9 +31,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# Threads wait for each other by turning round, not by sleeping: set before torch starts them.
-os.environ.setdefault("OMP_WAIT_POLICY", "active")
 
 import numpy as np
 import torch
@@ -201,7 +198,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", help="text files, instead of those")
     parser.add_argument("--texts", type=int, default=6, help="of the token store, at most")
     parser.add_argument("--remembered", type=int, default=4096, help="tokens of each text, at most")
-    parser.add_argument("--scored", type=int, default=512)
+    parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--minutes", type=float, default=6, help="after which no other text is begun")
     parser.add_argument("--memory-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     options = parser.parse_args()
@@ -214,7 +212,11 @@ def main() -> None:
     lengths = ", ".join(f"{len(text) - options.scored - 1:,}" for text in texts)
     print(f"{len(texts)} texts; remembered: {lengths} tokens; {options.scored} scored of each", flush=True)
     results: Results = {name: defaultdict(Found) for name in ("on", "again")}
-    for text in tqdm(texts, unit="text"):
+    begin = time.perf_counter()
+    for number, text in enumerate(tqdm(texts, unit="text")):
+        if time.perf_counter() - begin > 60 * options.minutes:
+            print(f"the time was up after {number} texts; the others are left out")
+            break
         compare(model, text, options.scored, results)
     for name, found in results.items():
         show(name, found)
