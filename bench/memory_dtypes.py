@@ -4,7 +4,7 @@ Of each text all but the last tokens are memorized once, in fp32, a whole number
 each way, written, opened again and read by two continuations, whose tokens are scored:
 
     on       the text goes on
-    again    a passage from the middle of what is remembered comes once more: all that helps is what is looked up
+    again    a passage from the middle of what is remembered comes once more, and can be looked up
 
 `no memory` is `memory=False`. What is read now is remembered in the model's own dtype in every row, and left context is
 read anew: only what was stored differs.
@@ -169,7 +169,7 @@ def show(name: str, results: Mapping[str, Found]) -> None:
 
 
 def read_texts(options: argparse.Namespace, model: LongMemForCausalLM) -> list[Tensor]:
-    """Texts, each as long as what is remembered of it and scored after it; of the last one the target follows."""
+    """Texts, each cut behind what is scored of it and one token more, which is predicted last."""
     segment, texts = model.longmem.settings.segment_tokens, []
     if options.text:
         tokenizer: Any = model.own_tokenizer()
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=6, help="of the token store, at most")
     parser.add_argument("--remembered", type=int, default=4096, help="tokens of each text, at most")
     parser.add_argument("--scored", type=int, default=256)
-    parser.add_argument("--minutes", type=float, default=6, help="after which no other text is begun")
+    parser.add_argument("--minutes", type=float, default=6.5, help="after which no other text is begun")
     parser.add_argument("--memory-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     options = parser.parse_args()
