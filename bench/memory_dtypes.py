@@ -170,7 +170,8 @@ def show(name: str, results: Mapping[str, Found]) -> None:
 
 def read_texts(options: argparse.Namespace, model: LongMemForCausalLM) -> list[Tensor]:
     """Texts, each cut behind what is scored of it and one token more, which is predicted last."""
-    segment, texts = model.longmem.settings.segment_tokens, []
+    settings, texts = model.longmem.settings, []
+    segment, window = settings.segment_tokens, settings.memory.window_tokens
     if options.text:
         tokenizer: Any = model.own_tokenizer()
         for path in options.text:
@@ -184,8 +185,8 @@ def read_texts(options: argparse.Namespace, model: LongMemForCausalLM) -> list[T
     found = []
     for text in texts:
         num_remembered = min(options.remembered, len(text) - options.scored - 1) // segment * segment
-        if num_remembered < 2 * (options.scored + 1):
-            raise SystemExit(f"a text of {len(text):,} tokens is too short to remember and to score {options.scored}")
+        if num_remembered < max(2 * (options.scored + 1), window + segment):  # or nothing would be looked up
+            raise SystemExit(f"too little to look anything up: {num_remembered:,} of {len(text):,} tokens remembered")
         found.append(text[: num_remembered + options.scored + 1])
     return found
 
