@@ -117,4 +117,5 @@ def test_a_copied_layer_does_not_bring_the_backbone_with_it(monkeypatch):
         raise AssertionError("the backbone was copied")
 
     monkeypatch.setattr(Backbone, "__deepcopy__", copied, raising=False)
-    TinyLongMem(tiny_model("llama"), sidenet={"layout": "top", "memory_layers": "all"})
+    tiny = TinyLongMem(tiny_model("llama"), sidenet={"layout": "top", "memory_layers": "all"})
+    assert len(tiny.longmem.sidenet.layers) == len(tiny.longmem.backbone.layers), "every layer was copied"
