@@ -28,12 +28,13 @@ class PositionEncoding:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, positions: Tensor | int) -> Tensor:
         """Rotates queries or keys to their positions (RoPE, halves paired); the identity without rotary positions.
 
         Args:
             x: Queries or keys `[..., D]`, any floating dtype.
-            positions: Positions in tokens, broadcastable to `x.shape[:-1]`; fractions and negatives are fine.
+            positions: Positions in tokens, broadcastable to `x.shape[:-1]`; fractions and negatives are fine. A number
+                is that of all, whose angles are worked out once.
 
         Returns:
             The rotated `x`, same shape and dtype.
@@ -43,16 +44,12 @@ class PositionEncoding:
         """
         if self.inv_freq is None:
             return x
-        return self._turned(x, *self._angles(positions, x))
-
-    def rotate_alike(self, x: Tensor, position: int) -> Tensor:
-        """As `rotate`, all to one position, whose angles are worked out once."""
-        if self.inv_freq is None:
-            return x
-        known = (position, x.dtype, x.device)
+        if isinstance(positions, Tensor):
+            return self._turned(x, *self._angles(positions, x))
+        known = (positions, x.dtype, x.device)
         if known not in self._known:
             with torch.inference_mode(False):  # what is kept must serve learning, too
-                self._known[known] = self._angles(torch.full((), position, device=x.device), x)
+                self._known[known] = self._angles(torch.full((), positions, device=x.device), x)
         return self._turned(x, *self._known[known])
 
     def _angles(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +97,8 @@ class PositionRule:
         if self.kind == "none":
             return query
         distance = -self.distance if backward else self.distance
-        rotated = encoding.rotate_alike(query, distance)
+        rotated = encoding.rotate(query, distance)
         if encoding.attention_scaling == 1.0:
             return rotated
         # A rotated key carries the scaling as well; these keys are not rotated, so the query carries it for them.
-        return encoding.rotate_alike(rotated, 0)
+        return encoding.rotate(rotated, 0)

@@ -71,7 +71,8 @@ def read_few(view: LayerView, recent: Sequence[LayerView], query: Tensor) -> Mem
     found = _attended(view, logits, value, sizes)
     if not recent:
         return found
-    window, places = recent[0], segment.offsets(tokens)
+    window = recent[0]
+    places = segment.reading.first if query.shape[2] == 1 else segment.offsets(tokens)
     near = window.segment.pools.by_pool(view.geometry.encoding.rotate(query, places))[:, 0].flatten(1, 2)
     of_window = torch.bmm(near * scale, window.window_keys[:, 0].transpose(1, 2))  # [Hkv, U * u, w]
     return replace(found, window=_attended(window, of_window, window.window_values[:, 0], sizes))

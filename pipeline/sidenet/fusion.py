@@ -169,7 +169,7 @@ class MemoryFusion(nn.Module):
 
     def _local_log_sum_exp(self, query: Tensor, key: Tensor) -> Tensor:
         if self.past is None:
-            place = torch.arange(query.shape[2], device=query.device)
+            place: Tensor | int = torch.arange(query.shape[2], device=query.device)
         else:
             place = self.past.places(self.index, query.shape[2], device=query.device)
         rotated, keys = self.encoding.rotate(query.float(), place), self.encoding.rotate(key.float(), place)

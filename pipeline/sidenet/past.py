@@ -62,13 +62,13 @@ class SideNetPast:
             documents = torch.zeros(1, num_keys, dtype=torch.int64, device=like.device)
         return document_mask(documents, dtype=like.dtype, window=window, num_queries=num_queries)
 
-    def places(self, index: int, num_queries: int, *, device: torch.device) -> Tensor:
-        """Places in their row's segment of the `q` tokens that come now, int64 `[q]` or `[B, 1, q]`."""
+    def places(self, index: int, num_queries: int, *, device: torch.device) -> Tensor | int:
+        """Places in their row's segment of the `q` tokens that come now, int64 `[q]` or `[B, 1, q]`; of one, a number."""
         if self.documents is not None:
             return ((self.documents == 0).cumsum(dim=1) - 1)[:, None, -num_queries:]
         kept = self.keys.get(index)
         first = 0 if kept is None else kept.whole.shape[2]
-        return torch.arange(first, first + num_queries, device=device)
+        return first if num_queries == 1 else torch.arange(first, first + num_queries, device=device)
 
     def extended(self, index: int, key: Tensor) -> Tensor:
         """Adds the rotated keys of new tokens, `[B, Hkv, q, D]`, of a memory layer: all of them."""
