@@ -1,0 +1,313 @@
+"""Documents to train on, made of demonstrations as evaluation has them in memory and window, and of no test item.
+
+A document is one set's demonstrations, or SQuAD's, one after another: those before help with each that comes. In some
+documents nothing but those before can help: in-context learning's labels are other words (`relabelled`), SQuAD's
+passages stand far from their questions.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple, Protocol
+
+from eval.demonstrations import Tokenize, demonstration, in_order, pool_of
+from eval.labelled import Example, Form, as_compared, as_compared_over_sets, read_set, sets_in
+from eval.relabelled import KINDS, Kind, relabelled
+from eval.runner import EvaluationError
+from eval.tasks.squad.file import answerable, of_articles, read_passages
+from eval.tasks.squad.form import Demonstration, demonstrations_of
+from eval.tasks.squad.form import Form as SquadForm
+from pipeline.data.made import Made
+
+logger = logging.getLogger(__name__)
+TRAIN, VALIDATION = "train", "validation"
+_LEAST_SHOWN = 2
+"""Demonstrations of a document: before the first one there is nothing to be remembered."""
+_ROUNDING = 1e-9
+"""Shares are written in decimals: a tenth of ten documents is one, though 10 * 0.1 might be a little less."""
+
+
+class Shown(NamedTuple):
+    """What a document shows.
+
+    Attributes:
+        tokens: Its tokens.
+        about: What it is.
+        num_shown: Demonstrations.
+    """
+
+    tokens: list[int]
+    about: str
+    num_shown: int
+
+
+class Source(Protocol):
+    """What documents of one kind are made of."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def size(self) -> int:
+        """How many demonstrations it has."""
+
+    def document(self, tokenize: Tokenize, number: int, *, seed: Sequence[int], room: int) -> Shown:
+        """A document of so many tokens at most; its number decides of what kind it is, the seed its order."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Demonstrations of in-context learning.
+
+    Attributes:
+        name: Of the set.
+        form: How it is asked.
+        examples: What documents are made of.
+        relabel: Share of the documents whose labels are other words.
+        kinds: Which, in turns.
+    """
+
+    name: str
+    form: Form
+    examples: Sequence[Example]
+    relabel: float = 0.0
+    kinds: Sequence[Kind] = KINDS
+
+    @property
+    def size(self) -> int:
+        """How many demonstrations it has."""
+        return len(self.examples)
+
+    def document(self, tokenize: Tokenize, number: int, *, seed: Sequence[int], room: int) -> Shown:
+        """Demonstrations in the order of a draw, the first one drawn last."""
+        form, about = self.form, self.name
+        if is_one_of(number, self.relabel):
+            kind = self.kinds[_num_before(number, self.relabel) % len(self.kinds)]
+            form = relabelled(form, kind, [*seed, 1])
+            about += f", labels {kind}: {', '.join(form.labels)}"
+        pieces = _fitting((demonstration(tokenize, form, one) for one in in_order(self.examples, seed)), room)
+        return Shown(_joined(reversed(pieces)), about, len(pieces))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Questions of SQuAD with their answers.
+
+    Attributes:
+        demonstrations: What documents are made of.
+        passages_first: Share of the documents whose passages all stand before all questions, each once.
+        name: Its name.
+    """
+
+    demonstrations: Sequence[Demonstration]
+    passages_first: float = 0.0
+    name: str = "SQuAD"
+
+    @property
+    def size(self) -> int:
+        """How many demonstrations it has."""
+        return len(self.demonstrations)
+
+    def document(self, tokenize: Tokenize, number: int, *, seed: Sequence[int], room: int) -> Shown:
+        """Demonstrations in the order of a draw, the first one drawn last; or their passages, then their questions."""
+        form, order = SquadForm(tokenize), in_order(self.demonstrations, seed)
+        if not is_one_of(number, self.passages_first):
+            pieces = _fitting(map(form.shown, order), room)
+            return Shown(_joined(reversed(pieces)), self.name, len(pieces))
+        seen: set[str] = set()
+
+        def with_new_passages() -> Iterator[list[int]]:
+            for one in order:
+                yield form.shown(one, with_passage=one.passage.text not in seen)
+                seen.add(one.passage.text)
+
+        taken = order[: len(_fitting(with_new_passages(), room))]
+        read = {one.passage.text: form.passage(one.passage) for one in taken}
+        first = in_order(list(read.values()), [*seed, 1])
+        asked = [form.shown(one, with_passage=False) for one in reversed(taken)]
+        return Shown(_joined([*first, *asked]), f"{self.name}, passages first", len(taken))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many documents, and of what size.
+
+    Attributes:
+        documents: To train on, of each source.
+        validation_documents: Of each source, made of what no document to train on has.
+        document_tokens: Of each at most, one that ends it included.
+        seed: Of everything.
+    """
+
+    documents: int
+    validation_documents: int
+    document_tokens: int
+    seed: int
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Documents of each source by split; none of a split without."""
+        both = {TRAIN: self.documents, VALIDATION: self.validation_documents}
+        return {split: count for split, count in both.items() if count}
+
+
+def labelled_sources(
+    data: Sequence[str],
+    names: Sequence[str],
+    *,
+    held_out: float,
+    seed: int,
+    relabel: float = 0.0,
+    kinds: Sequence[Kind] = KINDS,
+) -> Mapping[str, Sequence[Labelled]]:
+    """The sets of in-context learning, without test items: their own, and those of every other set in the data.
+
+    Args:
+        data: As for `read_set`.
+        names: The sets.
+        held_out: Share of the sentences that only documents to validate with have; 0: there are none.
+        seed: Chooses these.
+        relabel: Share of the documents whose labels are other words.
+        kinds: Which, in turns.
+
+    Returns:
+        Sources by split.
+
+    Raises:
+        LongMemError: A set cannot be read, or nothing is left of it.
+    """
+    found = {name: read_set(name, data) for name in dict.fromkeys([*names, *sets_in(data)])}
+    tested = {as_compared_over_sets(one.text) for labelled in found.values() for one in labelled.test}
+    pools: dict[str, list[Example]] = {}
+    for name in names:
+        pool = pool_of(found[name], refuse=False)
+        pools[name] = [one for one in pool.examples if as_compared_over_sets(one.text) not in tested]
+        if also := len(pool.examples) - len(pools[name]):
+            logger.info("%s: %d more are test items of other sets, or in other writing, and were left out", name, also)
+    apart = _chosen((as_compared_over_sets(one.text) for left in pools.values() for one in left), held_out, seed)
+    splits: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: []} if apart else {TRAIN: []}
+    for split, sources in splits.items():
+        for name, left in pools.items():
+            own = [one for one in left if (as_compared_over_sets(one.text) in apart) == (split == VALIDATION)]
+            sources.append(Labelled(name, found[name].form, own, relabel, kinds))
+    return splits
+
+
+def squad_sources(
+    path: str,
+    *,
+    tested: str | None,
+    articles: Sequence[str],
+    held_out: float,
+    seed: int,
+    with_unanswerable: bool = True,
+    passages_first: float = 0.0,
+) -> Mapping[str, Sequence[Answered]]:
+    """Questions of SQuAD on articles that evaluation does not ask about.
+
+    Args:
+        path: The file.
+        tested: The file that evaluation asks about, no article or passage of which is taken; None: all other articles
+            of the same file.
+        articles: Titles of the articles that are taken; none: all.
+        held_out: Share of the passages that only documents to validate with have; 0: there are none.
+        seed: Chooses these.
+        with_unanswerable: Whether questions without answer are taken.
+        passages_first: Share of the documents whose passages all stand before all questions.
+
+    Returns:
+        Sources by split.
+
+    Raises:
+        LongMemError: A file cannot be read, has no such article, or nothing is left.
+    """
+    every = read_passages(path)
+    chosen = of_articles(every, articles) if articles else every
+    taken_titles = {one.title for one in chosen}
+    asked = read_passages(tested) if tested else [one for one in every if one.title not in taken_titles]
+    titles, texts = {one.title for one in asked if one.title}, {as_compared(one.text) for one in asked}
+    left = [one for one in chosen if one.title not in titles and as_compared(one.text) not in texts]
+    left = left if with_unanswerable else answerable(left)
+    if not left:
+        raise EvaluationError(
+            f"no passage of {path} is left to train on",
+            got=f"{len(chosen)} passages of {len(taken_titles)} articles, all of which evaluation asks about"
+            + ("" if with_unanswerable else ", or without an answer"),
+            do="name a file of other articles, or with --squad-articles some that evaluation leaves out",
+        )
+    apart = _chosen((as_compared(one.text) for one in left), held_out, seed)
+    splits: dict[str, list[Answered]] = {}
+    for split in (TRAIN, VALIDATION) if apart else (TRAIN,):
+        own = [one for one in left if (as_compared(one.text) in apart) == (split == VALIDATION)]
+        splits[split] = [Answered(demonstrations_of(own), passages_first)]
+    return splits
+
+
+def documents(tokenize: Tokenize, sources: Sequence[Source], wanted: Wanted, split: str) -> Iterator[Made]:
+    """Documents of all sources in turns.
+
+    Args:
+        tokenize: The tokenizer.
+        sources: Of the split.
+        wanted: How many documents, and of what size.
+        split: The split.
+
+    Yields:
+        The documents.
+
+    Raises:
+        EvaluationError: A document would have too few demonstrations.
+    """
+    room, count = wanted.document_tokens - 1, wanted.counts[split]
+    for number in range(count):
+        for source in sources:
+            seed = (wanted.seed, zlib.crc32(source.name.encode()), split == VALIDATION, number)
+            shown = source.document(tokenize, number, seed=list(map(int, seed)), room=room)
+            if shown.num_shown < _LEAST_SHOWN:
+                raise EvaluationError(
+                    f"a document of {source.name} would have too few demonstrations",
+                    got=f"{shown.num_shown} of the {source.size} for {split} in {wanted.document_tokens} tokens",
+                    expected=f"{_LEAST_SHOWN} at least",
+                    do="raise --document-tokens" if source.size >= _LEAST_SHOWN else "change --validation-share",
+                )
+            if shown.num_shown == source.size and number == 0:
+                logger.warning(
+                    "%s: all %d demonstrations for %s make documents of %d tokens only",
+                    *(source.name, source.size, split, len(shown.tokens) + 1),
+                )
+            yield Made(shown.tokens, f"{shown.about}; {split} {number}")
+
+
+def is_one_of(number: int, share: float) -> bool:
+    """Whether a document, counted from 0, is of a share that is spread evenly over all."""
+    return _num_before(number + 1, share) > _num_before(number, share)
+
+
+def _num_before(number: int, share: float) -> int:
+    return int(number * share + _ROUNDING)
+
+
+def _chosen(texts: Iterable[str], share: float, seed: int) -> frozenset[str]:
+    """A share of different texts, rounded up."""
+    unique = list(dict.fromkeys(texts))
+    return frozenset(in_order(unique, seed)[: ceil(len(unique) * share - _ROUNDING)])
+
+
+def _fitting(pieces: Iterable[list[int]], room: int) -> list[list[int]]:
+    """The first pieces, as many as have room together."""
+    taken: list[list[int]] = []
+    for piece in pieces:
+        room -= len(piece)
+        if room < 0:
+            break
+        taken.append(piece)
+    return taken
+
+
+def _joined(pieces: Iterable[list[int]]) -> list[int]:
+    return [token for piece in pieces for token in piece]
