@@ -264,6 +264,7 @@ def documents(tokenize: Tokenize, sources: Sequence[Source], wanted: Wanted, spl
         EvaluationError: A document would have too few demonstrations.
     """
     room, count = wanted.document_tokens - 1, wanted.counts[split]
+    warned: set[str] = set()
     for number in range(count):
         for source in sources:
             seed = (wanted.seed, zlib.crc32(source.name.encode()), split == VALIDATION, number)
@@ -275,9 +276,10 @@ def documents(tokenize: Tokenize, sources: Sequence[Source], wanted: Wanted, spl
                     expected=f"{_LEAST_SHOWN} at least",
                     do="raise --document-tokens" if source.size >= _LEAST_SHOWN else "change --validation-share",
                 )
-            if shown.num_shown == source.size and number == 0:
+            if shown.num_shown == source.size and source.name not in warned:
+                warned.add(source.name)
                 logger.warning(
-                    "%s: all %d demonstrations for %s make documents of %d tokens only",
+                    "%s: all %d demonstrations for %s make a document of %d tokens only",
                     *(source.name, source.size, split, len(shown.tokens) + 1),
                 )
             yield Made(shown.tokens, f"{shown.about}; {split} {number}")

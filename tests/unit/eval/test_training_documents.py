@@ -292,5 +292,6 @@ def test_documents_that_cannot_be_made(given, caplog):
     with pytest.raises(EvaluationError, match="got: 0 of the 0 for validation .*; do: change --validation-share"):
         made([], VALIDATION)
     assert len(made(EXAMPLES)) == 1 and not caplog.records
-    made(EXAMPLES[:3])
-    assert "MR: all 3 demonstrations for train make documents of" in caplog.text
+    source = Labelled("MR", FORMS["MR"], EXAMPLES[:3])
+    list(documents(given.tokens, [source], WANTED, TRAIN))
+    assert caplog.text.count("MR: all 3 demonstrations for train make a document of") == 1
