@@ -40,13 +40,19 @@ def relabelled(form: Form, kind: Kind, seed: int | Sequence[int]) -> Form:
     return replace(form, labels=labels)
 
 
-def _symbols(draw: np.random.Generator, count: int) -> tuple[str, ...]:
-    """Different ones of one kind."""
-    all_kinds = (
+def symbols() -> list[list[str]]:
+    """What may stand for labels, by kind: numbers, nouns and syllables, none of which is a label of any set."""
+    taken = {label for form in FORMS.values() for label in form.labels}
+    kinds = (
         [str(number) for number in range(1000)],
         NOUNS.split(),
         [first + vowel + last for first in _CONSONANTS for vowel in _VOWELS for last in _CONSONANTS],
     )
-    taken = {label for form in FORMS.values() for label in form.labels}
-    symbols = [one for one in all_kinds[draw.integers(len(all_kinds))] if one not in taken]
-    return tuple(symbols[number] for number in draw.choice(len(symbols), size=count, replace=False))
+    return [[one for one in kind if one not in taken] for kind in kinds]
+
+
+def _symbols(draw: np.random.Generator, count: int) -> tuple[str, ...]:
+    """Different ones of one kind."""
+    kinds = symbols()
+    kind = kinds[draw.integers(len(kinds))]
+    return tuple(kind[number] for number in draw.choice(len(kind), size=count, replace=False))

@@ -60,7 +60,8 @@ def _documents(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
     """The documents by split."""
     from eval.relabelled import KINDS
     from eval.task import tokens_of
-    from eval.training_documents import Wanted, documents, labelled_sources, squad_sources
+    from eval.training_documents import Wanted, documents
+    from eval.training_sources import labelled_sources, squad_sources
 
     split: dict[str, Any] = {
         "held_out": options.validation_share if options.validation_documents else 0.0,

@@ -7,13 +7,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from eval.demonstrations import Draw, Pool
 from eval.labelled import FORMS, Example, as_compared, as_compared_over_sets, sets_in
-from eval.relabelled import relabelled
+from eval.options import take_options
+from eval.relabelled import relabelled, symbols
 from eval.runner import EvaluationError
 from eval.task import Given
 from eval.tasks.in_context.task import InContext, InContextOptions
@@ -29,9 +31,8 @@ from eval.training_documents import (
     Wanted,
     documents,
     is_one_of,
-    labelled_sources,
-    squad_sources,
 )
+from eval.training_sources import labelled_sources, squad_sources
 from pipeline.errors import DataError
 from tests.labelled_files import write_set
 from tests.squad_files import ship, write_squad
@@ -160,10 +161,17 @@ def test_relabelled_documents_are_of_one_mind(given):
 def test_other_words_for_labels(name):
     form = FORMS[name]
     for seed in range(50):
-        permuted, symbols = (relabelled(form, kind, seed).labels for kind in ("permuted", "symbols"))
+        permuted, others = (relabelled(form, kind, seed).labels for kind in ("permuted", "symbols"))
         assert sorted(permuted) == sorted(form.labels) and permuted != form.labels
-        assert len(set(symbols)) == len(form.labels) and not set(symbols) & {"bad", *form.labels}
-        assert relabelled(form, "symbols", seed).labels == symbols
+        assert len(set(others)) == len(form.labels) and any(set(others) <= set(kind) for kind in symbols())
+        assert relabelled(form, "symbols", seed).labels == others
+
+
+def test_no_symbol_is_a_label():
+    """One syllable would be: bad."""
+    numbers, nouns, syllables = symbols()
+    assert (numbers[0], numbers[-1], len(numbers)) == ("0", "999", 1000) and "captain" in nouns
+    assert "baf" in syllables and "bad" not in syllables and len(syllables) == 14 * 5 * 14 - 1
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 1), (0.25, 2), (0.5, 5), (0.7, 7), (1.0, 10)])
@@ -272,7 +280,9 @@ def test_articles_that_evaluation_asks_about_are_not_taken(tmp_path, ships):
 
 def test_evaluation_leaves_out_the_articles_that_were_trained_on(given, ships):
     (source,) = squad_sources(ships, tested=None, articles=["New"], held_out=0.0, seed=1)[TRAIN]
-    task = Squad(SquadOptions(data=(ships,), leave_out=("New",), memory_demonstrations=(0,)), given)
+    words = ["--squad.leave_out", "New", "--squad.memory_demonstrations", "0"]
+    options, _ = take_options([Squad], words, data=[ships], limit=None)
+    task = Squad(cast(SquadOptions, options["squad"]), given)
     tested, shown = task._passages
     asked = {passage.text for _, passage in tested} | {passage.text for passage in shown}
     assert len(asked) == 3 and not asked & {one.passage.text for one in source.demonstrations}
