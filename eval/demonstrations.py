@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -23,6 +23,9 @@ Numbers = Annotated[
     AfterValidator(lambda numbers: tuple(sorted(set(numbers)))),
 ]
 """An option of several numbers: each counts once, the smallest first."""
+Tokenize = Callable[[str], list[int]]
+"""Gives a text's tokens, without special ones."""
+AnyOne = TypeVar("AnyOne")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,16 @@ def pool_of(labelled: LabelledSet, *, refuse: bool) -> Pool:
     return Pool(labelled.form, left, tested, len(labelled.train) - len(unique), len(also))
 
 
+def in_order(examples: Sequence[AnyOne], seed: int | Sequence[int]) -> list[AnyOne]:
+    """Examples in the order in which a seed draws them; in a text the first one drawn comes last."""
+    return [examples[number] for number in np.random.default_rng(seed).permutation(len(examples))]
+
+
+def demonstration(tokenize: Tokenize, form: Form, example: Example) -> list[int]:
+    """A demonstration's tokens; those of several follow each other with nothing between them."""
+    return tokenize(f" {form.demonstration(example)}")
+
+
 @dataclass(frozen=True)
 class Memory:
     """Demonstrations as memory reads them.
@@ -107,9 +120,8 @@ class Draw:
 
     def __init__(self, given: Given, pool: Pool, other: Pool | None, *, seed: int, num_window: int) -> None:
         self._given, self._pool, self._other, self._seed = given, pool, other, seed
-        order = np.random.default_rng(seed).permutation(len(pool.examples))
-        self._window = [pool.examples[number] for number in order[:num_window]]
-        self._memory = [pool.examples[number] for number in order[num_window:]]
+        order = in_order(pool.examples, seed)
+        self._window, self._memory = order[:num_window], order[num_window:]
 
     def window(self, num: int) -> Tokens:
         """Tokens of so many demonstrations, int64 `[any]`."""
@@ -139,7 +151,7 @@ class Draw:
         return Memory([lane[len(lane) - length :] for lane in lanes], [len(piece) for piece in pieces])
 
     def _tokens(self, form: Form, example: Example) -> list[int]:
-        return self._given.tokens(f" {form.demonstration(example)}")
+        return demonstration(self._given.tokens, form, example)
 
     def _foreign(self, length: int) -> Tokens:
         """Demonstrations of the other set, none a test item of this one; again from the first if they are too few."""

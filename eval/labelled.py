@@ -6,7 +6,9 @@ Source: https://arxiv.org/abs/2306.07174 (LongMem) and its code: the files, the 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +76,9 @@ FORMS: Mapping[str, Form] = {
     "MPQA": Form("mpqa", _CSV, "csv", _TWO, _REVIEW, "jxm/mpqa", ("train", "test")),
 }
 HUB = "hub"
+_BRACKETS = re.compile("-[lr][crs]b-")
+"""As some sets write them."""
+_NOT_PLAIN = re.compile("[^a-z0-9]")
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,36 @@ def read_set(name: str, data: Sequence[str]) -> LabelledSet:
     return LabelledSet(name, form, parts[0], parts[1], splits[1])
 
 
+def sets_in(data: Sequence[str]) -> list[str]:
+    """Names of the sets that `read_set` finds in the same data."""
+    found = []
+    for name, form in FORMS.items():
+        with suppress(DataError):
+            if HUB not in data and not any(one.startswith(f"{name}=") for one in data):
+                _folder(form, data)
+            found.append(name)
+    return found
+
+
+def known_sets(sets: Iterable[str]) -> tuple[str, ...]:
+    """The sets by their names, whatever their case; each once. Raises ValueError: there is no such set."""
+    names = {name.casefold(): name for name in FORMS}
+    found = tuple(sets)
+    unknown = [one for one in found if one.casefold() not in names]
+    if unknown:
+        raise ValueError(f"there is no set {unknown[0]!r}; expected some of {', '.join(FORMS)}")
+    return tuple(dict.fromkeys(names[one.casefold()] for one in found))
+
+
 def as_compared(text: str) -> str:
     """What two sentences have in common if they are the same one."""
     return " ".join(text.casefold().split())
+
+
+def as_compared_over_sets(text: str) -> str:
+    """As `as_compared`, without what sets write in ways of their own: spaces, marks, brackets and accented letters."""
+    compared = as_compared(text)
+    return _NOT_PLAIN.sub("", _BRACKETS.sub("", compared)) or compared
 
 
 def _folder(form: Form, data: Sequence[str]) -> Path:
@@ -141,7 +173,7 @@ def _folder(form: Form, data: Sequence[str]) -> Path:
         f"the set {form.folder} is not in the data",
         got=f"{', '.join(data)}, which has {', '.join(found[:10]) or 'nothing'}"[:400],
         expected=f"{form.folder}/{form.files[0]} and {form.files[1]}",
-        do="name the folder above it, leave the set out of --in_context.sets, or give --data in_context=hub",
+        do="name the folder above it, leave the set out of those that are asked for, or name hub instead",
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from eval.scorer import Tokens
 
 _ADJECTIVES = "old young tall quiet bitter golden hollow narrow distant careless silver frozen patient wooden"
-_NOUNS = (
+NOUNS = (
     "captain harbour letter garden widow lantern river teacher orchard soldier bridge miller forest merchant "
     "tower daughter horse prisoner kitchen painter valley violin stranger doctor winter village island mirror"
 )
@@ -32,6 +32,6 @@ def _sentence(draw: random.Random) -> str:
     def one_of(words: str) -> str:
         return draw.choice(words.split())
 
-    start = draw.choice([f"The {one_of(_ADJECTIVES)} {one_of(_NOUNS)}", one_of(_NAMES), f"One {one_of(_NOUNS)}"])
-    end = draw.choice(["", f" {one_of(_PLACES)} the {one_of(_NOUNS)}", f" and the {one_of(_NOUNS)}"])
-    return f"{start} {one_of(_VERBS)} the {one_of(_ADJECTIVES)} {one_of(_NOUNS)}{end}."
+    start = draw.choice([f"The {one_of(_ADJECTIVES)} {one_of(NOUNS)}", one_of(_NAMES), f"One {one_of(NOUNS)}"])
+    end = draw.choice(["", f" {one_of(_PLACES)} the {one_of(NOUNS)}", f" and the {one_of(NOUNS)}"])
+    return f"{start} {one_of(_VERBS)} the {one_of(_ADJECTIVES)} {one_of(NOUNS)}{end}."

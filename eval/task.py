@@ -28,6 +28,11 @@ class TaskOptions(Options):
     """Items scored, the first ones; null: all."""
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's tokens, without special ones."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 @dataclass(frozen=True)
 class Given:
     """What a task is made of, before any weight is loaded.
@@ -44,7 +49,7 @@ class Given:
 
     def tokens(self, text: str) -> list[int]:
         """A text's tokens, without special ones."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tokens_of(self.tokenizer, text)
 
 
 @dataclass(frozen=True)

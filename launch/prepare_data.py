@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.data.ending import StopSignals, ignore_signals
+from launch.preparing import count, end, path, run
 from pipeline.errors import LongMemError
+
+if TYPE_CHECKING:
+    from pipeline.data.ending import StopSignals
+    from pipeline.data.prepare import Prepared
 
 MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 
@@ -22,43 +25,27 @@ MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status; a signal ends the process with 128 + its number."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("httpx", "datasets"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    # --workers processes read and tokenize; threads below each of them would be too many.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with StopSignals() as stop:
-        # Takes seconds, in which Ctrl-C is to be heeded already.
-        from pipeline.data.prepare import prepare, summary
 
-        try:
-            prepared = prepare(
-                options.inputs,
-                tokenizer=options.tokenizer,
-                output=options.output,
-                validation_inputs=options.validation,
-                validation_documents=options.validation_documents,
-                min_tokens=options.min_tokens,
-                append_eos=not options.no_eos,
-                num_workers=options.workers,
-                seed=options.seed,
-                overwrite=options.overwrite,
-                skip_unreadable=options.skip_unreadable,
-                drop_nul=options.drop_nul,
-                stop=stop,
-            )
-        except (LongMemError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    _say(summary(prepared))
-    return 0
+    def make(stop: StopSignals) -> Prepared:
+        from pipeline.data.prepare import prepare
 
+        return prepare(
+            options.inputs,
+            tokenizer=options.tokenizer,
+            output=options.output,
+            validation_inputs=options.validation,
+            validation_documents=options.validation_documents,
+            min_tokens=options.min_tokens,
+            append_eos=not options.no_eos,
+            num_workers=options.workers,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            skip_unreadable=options.skip_unreadable,
+            drop_nul=options.drop_nul,
+            stop=stop,
+        )
 
-def _say(words: str) -> None:
-    try:
-        print(words, flush=True)
-    except OSError:  # nobody reads it any more, or a log on a full disk; the store is written all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return run(make)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,18 +54,18 @@ def _parser() -> argparse.ArgumentParser:
         "depth, through symbolic links too; hidden files and folders are passed over), .txt files (one document each, "
         "UTF-8), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (field 'text').",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", type=_path, help="file or folder to train on")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", type=path, help="file or folder to train on")
     parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_NAME", help="the backbone's folder or hub name")
-    parser.add_argument("--output", required=True, metavar="DIR", type=_path, help="folder to make")
+    parser.add_argument("--output", required=True, metavar="DIR", type=path, help="folder to make")
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument(
-        "--validation-documents", type=_count, default=0, metavar="N", help="hold out N documents, chosen by --seed"
+        "--validation-documents", type=count, default=0, metavar="N", help="hold out N documents, chosen by --seed"
     )
     held_out.add_argument(
-        "--validation", nargs="+", default=(), metavar="INPUT", type=_path, help="hold out these files and folders"
+        "--validation", nargs="+", default=(), metavar="INPUT", type=path, help="hold out these files and folders"
     )
     parser.add_argument(
-        "--min-tokens", type=_count, default=1, metavar="N", help="drop documents with fewer tokens (default: 1)"
+        "--min-tokens", type=count, default=1, metavar="N", help="drop documents with fewer tokens (default: 1)"
     )
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-text token")
     parser.add_argument(
@@ -88,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=_count, default=1234, metavar="S", help="default: 1234")
+    parser.add_argument("--seed", type=count, default=1234, metavar="S", help="default: 1234")
     parser.add_argument("--overwrite", action="store_true", help="replace a store that exists, and nothing else")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="leave out files and folders that cannot be read, and list them"
@@ -110,7 +97,7 @@ class _AddHashes(argparse.Action):
         from pipeline.data.store import add_hashes  # takes seconds
 
         try:
-            info = add_hashes(_path(store))
+            info = add_hashes(path(store))
         except argparse.ArgumentTypeError as error:
             parser.error(f"{option}: {error}")
         except (LongMemError, OSError) as error:
@@ -118,34 +105,16 @@ class _AddHashes(argparse.Action):
         parser.exit(0, f"hashes of {', '.join(info.splits)} were added to {store}\n")
 
 
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from error
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
-
-
 def _workers(text: str) -> int:
-    number = _count(text)
+    number = count(text)
     if not 1 <= number <= MAX_WORKERS:
         raise argparse.ArgumentTypeError(f"{number} processes; this machine can have 1 to {MAX_WORKERS}")
     return number
 
 
-def _path(text: str) -> Path:
-    if not text:  # of a variable that a script did not set; Path would take it for the current folder
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
 def program() -> None:
     """The command `longmem-prepare-data`."""
-    status = main()
-    ignore_signals()
-    sys.exit(status)
+    end(main())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from eval.demonstrations import Draw, Memory, Numbers, Pool, memory_tokens, pool_of, within_reach
-from eval.labelled import FORMS, LabelledSet, read_set
+from eval.labelled import FORMS, LabelledSet, known_sets, read_set
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, MEMORY_OFF, MEMORY_ON, OTHER_MEMORY, Row, Scorer, Tokens
@@ -29,19 +29,10 @@ OWN, WITH_SHUFFLED_LABELS, OTHER_SET = range(3)
 """Lanes of a past."""
 
 
-def _known(sets: tuple[str, ...]) -> tuple[str, ...]:
-    """The sets by their names, whatever their case."""
-    names = {name.casefold(): name for name in FORMS}
-    unknown = [one for one in sets if one.casefold() not in names]
-    if unknown:
-        raise ValueError(f"there is no set {unknown[0]!r}; expected some of {', '.join(FORMS)}")
-    return tuple(dict.fromkeys(names[one.casefold()] for one in sets))
-
-
 class InContextOptions(TaskOptions):
     """What is asked, and after how many demonstrations; `limit` is the number of test items of a set."""
 
-    sets: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_known)] = tuple(FORMS)
+    sets: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(known_sets)] = tuple(FORMS)
     """Sets."""
     window_demonstrations: Numbers = (4, 20)
     """Demonstrations right before the sentence that is asked about."""

@@ -10,8 +10,8 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,30 @@ def read_passages(path: str) -> list[Passage]:
     if repeated:
         raise DataError(f"{path} has questions of the same id", got=", ".join(repeated[:3])[:200])
     return passages
+
+
+def answerable(passages: Sequence[Passage]) -> list[Passage]:
+    """Passages without the questions that have no answer; those without any other are left out."""
+    kept = [replace(one, questions=[asked for asked in one.questions if asked.answers]) for one in passages]
+    return [one for one in kept if one.questions]
+
+
+def of_articles(passages: Sequence[Passage], titles: Iterable[str]) -> list[Passage]:
+    """The passages of some articles, by their titles. Raises DataError: there is no such article."""
+    wanted, there = set(titles), {one.title for one in passages}
+    if unknown := sorted(wanted - there):
+        raise DataError(
+            f"there is no article {unknown[0][:80]!r}",
+            got=f"{len(there)} articles, such as {', '.join(sorted(there)[:5])}"[:300],
+            do="give titles as the file has them",
+        )
+    return [one for one in passages if one.title in wanted]
+
+
+def without_articles(passages: Sequence[Passage], titles: Iterable[str]) -> list[Passage]:
+    """The passages of all other articles. Raises DataError: there is no article of such a title."""
+    left_out = {one.title for one in of_articles(passages, titles)}
+    return [one for one in passages if one.title not in left_out]
 
 
 def _question(one: Any, path: str) -> Question:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from eval.demonstrations import Numbers, memory_tokens, text_of, within_reach
+from eval.demonstrations import Numbers, in_order, memory_tokens, text_of, within_reach
 from eval.labelled import as_compared
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, MEMORY_OFF, MEMORY_ON, Scorer, Tokens
 from eval.task import Given, Item, Scores, Task, TaskOptions
-from eval.tasks.squad.file import Passage, Question, read_passages
+from eval.tasks.squad.file import Passage, Question, answerable, read_passages, without_articles
+from eval.tasks.squad.form import Demonstration, Form, demonstrations_of
 from eval.tasks.squad.report import squad_section
 from pipeline.config.kinds import Count
 from pipeline.errors import ConfigError
@@ -39,18 +40,12 @@ class SquadOptions(TaskOptions):
     """Further ones in memory, with their passages."""
     unanswerable: Literal["asked", "left_out"] = "asked"
     """What is done with questions of version 2.0 that have no answer, in demonstrations too."""
+    leave_out: tuple[str, ...] = ()
+    """Titles of articles of the file that the model was trained on: they are neither asked about nor shown."""
     seeds: Numbers = (1,)
     """Of the draws of demonstrations."""
     answer_tokens: Count = 32
     """Tokens that are written at most; the first new line ends an answer."""
-
-
-class Demonstration(NamedTuple):
-    """A question with its passage and an answer."""
-
-    passage: Passage
-    question: Question
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,7 @@ class Squad(Task[SquadOptions]):
 
     def __init__(self, options: SquadOptions, given: Given) -> None:
         super().__init__(options, given)
+        self._form = Form(given.tokens)
         self._remembered: tuple[Any, tuple[int, Any]] | None = None
 
     def items(self) -> Sequence[Item]:
@@ -104,9 +100,9 @@ class Squad(Task[SquadOptions]):
         ask: Ask = item.content
         window, further = self._drawn(ask.seed)
         num_tokens, past = self._past(ask, window, further, scorer)
-        before = [self._shown(one, with_passage=self._in_window) for one in window]
-        passage = self._passage(ask.passage) if self._in_window else []
-        prompts = [text_of([*before, passage, self._asked(question)]) for question in ask.questions]
+        before = [self._form.shown(one, with_passage=self._in_window) for one in window]
+        passage = self._form.passage(ask.passage) if self._in_window else []
+        prompts = [text_of([*before, passage, self._form.asked(question)]) for question in ask.questions]
         conditions = scorer.conditions
         if self._in_window and not ask.memory:  # nothing is remembered: all others are the same as one of these
             conditions = tuple(name for name in conditions if name in (BACKBONE, MEMORY_OFF, MEMORY_ON))
@@ -151,7 +147,7 @@ class Squad(Task[SquadOptions]):
             raise ConfigError(
                 [f"squad reads a file and one of demonstrations; got: {', '.join(self.options.data)}"[:400]]
             )
-        own = self._read(self.options.data[0])
+        own = self._read(self.options.data[0], self.options.leave_out)
         order = [int(number) for number in np.random.default_rng(0).permutation(len(own))]
         apart = order[: -(-len(own) // KEPT_APART)] if len(self.options.data) == 1 else []
         tested = [(number, own[number]) for number in order if number not in set(apart)]
@@ -167,31 +163,25 @@ class Squad(Task[SquadOptions]):
             )
         return tested, left
 
-    def _read(self, path: str) -> list[Passage]:
-        passages = read_passages(path)
+    def _read(self, path: str, leave_out: Sequence[str] = ()) -> list[Passage]:
+        passages = without_articles(read_passages(path), leave_out)
         if self.options.unanswerable == "asked":
             return passages
-        kept = [replace(one, questions=[asked for asked in one.questions if asked.answers]) for one in passages]
-        if not any(one.questions for one in kept):
+        kept = answerable(passages)
+        if not kept:
             raise EvaluationError(
                 f"{path}: no question has an answer", do="leave out --squad.unanswerable left_out, or give another file"
             )
-        return [one for one in kept if one.questions]
+        return kept
 
     @cached_property
     def _demonstrations(self) -> list[Demonstration]:
-        return [
-            Demonstration(passage, question, question.answers[0] if question.answers else "")
-            for passage in self._passages[1]
-            for question in passage.questions
-        ]
+        return demonstrations_of(self._passages[1])
 
     def _drawn(self, seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
         """Demonstrations of the window, and all others in the order in which memory has them, the last one first."""
-        every = self._demonstrations
-        order = np.random.default_rng(seed).permutation(len(every))
-        most = self.options.window_demonstrations
-        return [every[number] for number in order[:most]], [every[number] for number in order[most:]]
+        order, most = in_order(self._demonstrations, seed), self.options.window_demonstrations
+        return order[:most], order[most:]
 
     def _check(self, seed: int, questions: Sequence[tuple[Passage, Question]]) -> None:
         """Raises EvaluationError: there are too few demonstrations, or a prompt is too long."""
@@ -204,10 +194,10 @@ class Squad(Task[SquadOptions]):
                 expected=f"{wanted}: in the window and in memory",
                 do="lower --squad.memory_demonstrations, or give another file of them as the second --data squad=FILE",
             )
-        before = sum(len(self._shown(one, with_passage=self._in_window)) for one in window)
+        before = sum(len(self._form.shown(one, with_passage=self._in_window)) for one in window)
         longest, question = max(
             (
-                before + len(self._asked(question)) + (len(self._passage(passage)) if self._in_window else 0),
+                before + len(self._form.asked(question)) + (len(self._form.passage(passage)) if self._in_window else 0),
                 question.id,
             )
             for passage, question in questions
@@ -249,18 +239,18 @@ class Squad(Task[SquadOptions]):
         that fill the first segment.
         """
         shown, rest = further[: ask.memory], further[ask.memory :]
-        own = [self._shown(one) for one in reversed(shown)]
+        own = [self._form.shown(one) for one in reversed(shown)]
         if self._in_window:
             answers = np.random.default_rng((ask.seed, 1)).permutation(len(shown))
             shuffled = [one._replace(answer=shown[at].answer) for one, at in zip(shown, answers, strict=True)]
-            lanes = [own, [self._shown(one) for one in reversed(shuffled)]]
+            lanes = [own, [self._form.shown(one) for one in reversed(shuffled)]]
         else:
-            own += [self._passage(one.passage) for one in window]
+            own += [self._form.passage(one.passage) for one in window]
             tested = [passage for _, passage in self._passages[0]]
             at = tested.index(ask.passage)
             others = [*tested[at + 1 :], *tested[:at], *self._passages[1]]
             other = min(others, key=lambda passage: passage.title == ask.passage.title)  # the next of another article
-            lanes = [[self._passage(ask.passage), *own], [self._passage(other), *own]]
+            lanes = [[self._form.passage(ask.passage), *own], [self._form.passage(other), *own]]
         texts = [text_of(lane) for lane in lanes]
         segment = self.given.config.train.segment_tokens
         length = -(-len(texts[0]) // segment) * segment
@@ -268,20 +258,9 @@ class Squad(Task[SquadOptions]):
         for one in cycle(rest or further or window):
             if sum(map(len, filling)) + min(map(len, texts)) >= length:
                 break
-            filling.insert(0, self._shown(one))
+            filling.insert(0, self._form.shown(one))
         first, second = (np.concatenate([text_of(filling), text])[-length:] if length else text for text in texts)
         return first, second
-
-    def _shown(self, one: Demonstration, *, with_passage: bool = True) -> list[int]:
-        passage = self._passage(one.passage) if with_passage else []
-        answer = f" {one.answer}" if one.answer else ""
-        return [*passage, *self._asked(one.question), *self.given.tokens(f"{answer}\n\n")]
-
-    def _passage(self, passage: Passage) -> list[int]:
-        return self.given.tokens(f"Passage: {passage.text.strip()}\n")
-
-    def _asked(self, question: Question) -> list[int]:
-        return self.given.tokens(f"Question: {question.text}\nAnswer:")
 
     def _is_done(self, written: list[int]) -> bool:
         return written[-1] == self.given.tokenizer.eos_token_id or "\n" in self.given.tokenizer.decode(written)
