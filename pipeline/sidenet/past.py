@@ -63,7 +63,7 @@ class SideNetPast:
         return document_mask(documents, dtype=like.dtype, window=window, num_queries=num_queries)
 
     def places(self, index: int, num_queries: int, *, device: torch.device) -> Tensor | int:
-        """Places in their row's segment of the `q` tokens that come now, int64 `[q]` or `[B, 1, q]`; of one, a number."""
+        """Places in their row's segment of the `q` tokens that come now: int64 `[q]` or `[B, 1, q]`, or that of one."""
         if self.documents is not None:
             return ((self.documents == 0).cumsum(dim=1) - 1)[:, None, -num_queries:]
         kept = self.keys.get(index)
