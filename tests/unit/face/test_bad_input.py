@@ -210,7 +210,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "other layers": (
         lambda: memory_of(PAPER),
-        r"another memory layers; got: .*; expected: \[1, 2, 3, 4\]; do: memorize",
+        r"the memory has other memory layers; got: .*; expected: \[1, 2, 3, 4\]; do: memorize",
     ),
     "other chunks": (
         lambda: memory_of({**DEEP, "memory": {**DEEP["memory"], "chunk_size": 2}}),
