@@ -79,6 +79,21 @@ def test_prompts_that_cannot_be_answered(model, name):
         model.generate(ids, attention_mask=mask, max_new_tokens=2, **QUIET)
 
 
+def test_a_prompt_longer_than_the_window_is_not_answered_without_memory(model):
+    words = (
+        "the prompt is longer than the window, and no memory is read: its begin would be forgotten before it is "
+        "answered; got: 17 tokens; expected: at most 16; do: give its end alone, or read memory: leave memory=False ou"
+    )
+    ways = {"memory": False}, {"past_key_values": model(IDS[:, :3], memory=False, use_cache=True).past_key_values}
+    for given in ways:
+        with pytest.raises(DataError, match=words):
+            model.generate(IDS[:, :17], max_new_tokens=2, **given, **QUIET)
+    without = tiny_face(settings={**DEEP, "memory": {**DEEP["memory"], "enabled": False}})
+    with pytest.raises(DataError, match=words):
+        without.generate(IDS[:, :17], max_new_tokens=2, **QUIET)
+    assert model.generate(IDS[:, :16], memory=False, max_new_tokens=2, **QUIET).shape == (2, 18)
+
+
 def test_forward_takes_a_mask_of_these_tokens_or_of_all(model):
     cache = model(IDS, use_cache=True).past_key_values
     for width in (4, 23, 25):
