@@ -130,6 +130,24 @@ def check_labels(labels: Tensor | None, ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_learning(labels: Tensor | None) -> None:
+    """Makes sure that no loss is asked that looks as if it could be learnt from.
+
+    Args:
+        labels: What a loss is made of without gradients, where there should be some; or None.
+
+    Raises:
+        DataError: There are labels.
+    """
+    if labels is not None:
+        raise DataError(
+            "a loss with a memory that was given, or with a cache, has no gradients",
+            got="labels beside memory, past_key_values or use_cache, with gradients on",
+            do="for the loss alone call the model under torch.no_grad(); to learn, give tokens and labels only: the "
+            "text is read from its begin, and remembers itself",
+        )
+
+
 def check_others(asked: dict[str, Any]) -> None:
     """Makes sure that nothing is asked of `forward` that it would leave undone.
 

@@ -230,6 +230,8 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             reads = self._reads(memory)
             hidden = hidden_with_gradients(self.longmem, input_ids, there, reads_memory=reads)[:, -wanted:]
         else:
+            if learns:
+                checks.check_learning(labels)
             cache = LongMemCache() if cache is None else cache
             if cache.rows is None:
                 cache.begin(self._begin(memory, len(input_ids)), memory)

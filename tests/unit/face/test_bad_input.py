@@ -214,6 +214,22 @@ def test_labels_that_do_not_fit(model, name):
         model(IDS, labels=labels)
 
 
+def test_a_loss_that_cannot_be_learnt_from_is_refused_where_gradients_are_on(model):
+    memory = model.memorize(IDS[0], progress=False)
+    cache = model(IDS, use_cache=True).past_key_values
+    words = (
+        "a loss with a memory that was given, or with a cache, has no gradients; got: labels beside memory, .*; do: "
+        r"for the loss alone call the model under torch.no_grad\(\); to learn, give tokens and labels only"
+    )
+    for given in ({"memory": memory}, {"memory": [[memory], []]}, {"past_key_values": cache}, {"use_cache": True}):
+        with pytest.raises(DataError, match=words):
+            model(IDS, labels=IDS, **given)
+        assert model(IDS, **given).logits.shape == (2, 20, 96)  # no loss, nothing to be wrong about
+    with torch.no_grad():
+        assert not model(IDS, labels=IDS, memory=memory).loss.requires_grad
+    assert model(IDS, labels=IDS, memory=False).loss.requires_grad
+
+
 def memory_of(settings: Any, family: str = "llama") -> Memory:
     return tiny_face(family, settings).memorize(IDS[0], progress=False)
 
