@@ -48,11 +48,17 @@ class MemoryKind:
             LongMemMemoryError: They differ.
         """
         told = {
-            "backbone": ("another backbone", "load the model that it was made with, or memorize the texts again with this one"),
+            "backbone": (
+                "another backbone",
+                "load the model that it was made with, or memorize the texts again with this one",
+            ),
             "layers": ("other memory layers", "memorize the texts again with this model"),
             "num_kv_heads": ("another number of key/value heads", "memorize the texts again with this model"),
             "head_dim": ("another head size", "memorize the texts again with this model"),
-            "chunk_size": ("another chunk size", "memorize the texts again, or set memory.chunk_size to that of the memory"),
+            "chunk_size": (
+                "another chunk size",
+                "memorize the texts again, or set memory.chunk_size to that of the memory",
+            ),
         }
         for name, (words, do) in told.items():
             own, other = getattr(self, name), getattr(wanted, name)
