@@ -78,7 +78,7 @@ def _with_room(model: LongMem, bank: MemoryBank, num_tokens: int, *, most: int) 
     filled = bank.num_filled * bank.shape.chunk_size
     if bank.shape.num_chunks >= _ring(model, min(most, filled + num_tokens)):
         return bank
-    return bank.grown(_ring(model, min(most, max(filled + num_tokens, 2 * filled))))
+    return bank.grown(model.bank(1, num_tokens=min(most, max(filled + num_tokens, 2 * filled))))
 
 
 def _extended(model: LongMem, older: MemoryBank, newer: MemoryBank, *, most: int) -> MemoryBank:

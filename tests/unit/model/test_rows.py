@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
+from pipeline.memory import room
+from pipeline.memory.room import Room
 from pipeline.model.longmem import LongMem
 from pipeline.model.owned import Row
 from pipeline.model.rows import Rows
@@ -145,6 +148,15 @@ def test_without_memory_nothing_of_earlier_segments_is_seen():
         with torch.no_grad():
             expected = model.hidden(model.encode(tokens, None), None)
         torch.testing.assert_close(found[:, start : start + SEGMENT], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_larger_bank_that_cannot_be_held_is_refused(monkeypatch):
+    rows = begin(longmem(), 1)
+    rows.read(tiny_tokens((1, SEGMENT + 1)))
+    held = rows.rows[0].sources[-1].bank
+    monkeypatch.setattr(room, "room_on", lambda device: Room(free=held.num_bytes, total=10**9, words="host"))
+    with pytest.raises(ConfigError, match="the memory bank does not fit into host memory"):
+        rows.read(tiny_tokens((1, 2 * SEGMENT)))
 
 
 def test_rows_apart_add_to_nothing_that_they_share():
