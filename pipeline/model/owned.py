@@ -30,6 +30,11 @@ class Row:
     num_tokens: int
     recent: list[int] = field(default_factory=list)
 
+    def move(self, num_tokens: int) -> None:
+        """Goes on behind so many tokens, and lets go of banks that end before what is remembered."""
+        self.place += num_tokens
+        self.sources = tuple(source for source in self.sources if source.end > self.place - self.num_tokens)
+
 
 def own_bank(model: LongMem, rows: Sequence[Row], number: int, *, num_tokens: int) -> MemoryBank:
     """The bank that a row alone adds to, with room for so many tokens more, or for all that is remembered.
