@@ -130,6 +130,24 @@ def check_labels(labels: Tensor | None, ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_learning(labels: Tensor | None) -> None:
+    """Makes sure that no loss is asked that looks as if it could be learnt from.
+
+    Args:
+        labels: What a loss is made of without gradients, where there should be some; or None.
+
+    Raises:
+        DataError: There are labels.
+    """
+    if labels is not None:
+        raise DataError(
+            "a loss with a memory that was given, or with a cache, has no gradients",
+            got="labels beside memory, past_key_values or use_cache, with gradients on",
+            do="for the loss alone call the model under torch.no_grad(); to learn, give tokens and labels only: the "
+            "text is read from its begin, and remembers itself",
+        )
+
+
 def check_others(asked: dict[str, Any]) -> None:
     """Makes sure that nothing is asked of `forward` that it would leave undone.
 
@@ -200,24 +218,30 @@ def check_ways(asked: dict[str, Any], config: Any) -> None:
         raise DataError("a LongMem reads tokens", got="inputs_embeds", expected="input_ids", do="give token ids")
 
 
-def check_length(num_tokens: int, most: int) -> None:
+def check_length(num_tokens: int, *, window: int, remembered: int) -> None:
     """Makes sure that nothing of a prompt is forgotten before it is answered.
 
     Args:
         num_tokens: Of the longest row.
-        most: Tokens of memory and of a segment.
+        window: Tokens of a segment.
+        remembered: Tokens of memory; 0: none is read.
 
     Raises:
-        DataError: It is longer.
+        DataError: It is longer than both.
     """
-    if num_tokens > most:
-        raise DataError(
-            "the prompt is longer than memory and window: its begin would be forgotten before it is answered",
-            got=f"{num_tokens:,} tokens",
-            expected=f"at most {most:,}",
-            do="memorize() the text, which keeps its end, or load the model with more memory: "
-            'from_pretrained(..., settings={"memory": {"tokens": ...}})',
-        )
+    if num_tokens <= window + remembered:
+        return
+    what = "memory and window" if remembered else "the window, and no memory is read"
+    do = "give its end alone, or read memory: leave memory=False out, and memory.enabled as it is by default"
+    if remembered:
+        do = "memorize() the text, which keeps its end, or load the model with more memory: "
+        do += 'from_pretrained(..., settings={"memory": {"tokens": ...}})'
+    raise DataError(
+        f"the prompt is longer than {what}: its begin would be forgotten before it is answered",
+        got=f"{num_tokens:,} tokens",
+        expected=f"at most {window + remembered:,}",
+        do=do,
+    )
 
 
 def own_tokens(mask: Tensor | None, ids: Tensor) -> int:

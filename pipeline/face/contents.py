@@ -48,17 +48,23 @@ class MemoryKind:
             LongMemMemoryError: They differ.
         """
         told = {
-            "backbone": ("backbone", "load the model that it was made with, or memorize the texts again with this one"),
-            "layers": ("memory layers", "memorize the texts again with this model"),
-            "num_kv_heads": ("key/value heads", "memorize the texts again with this model"),
-            "head_dim": ("head size", "memorize the texts again with this model"),
-            "chunk_size": ("chunk size", "memorize the texts again, or set memory.chunk_size to that of the memory"),
+            "backbone": (
+                "another backbone",
+                "load the model that it was made with, or memorize the texts again with this one",
+            ),
+            "layers": ("other memory layers", "memorize the texts again with this model"),
+            "num_kv_heads": ("another number of key/value heads", "memorize the texts again with this model"),
+            "head_dim": ("another head size", "memorize the texts again with this model"),
+            "chunk_size": (
+                "another chunk size",
+                "memorize the texts again, or set memory.chunk_size to that of the memory",
+            ),
         }
         for name, (words, do) in told.items():
             own, other = getattr(self, name), getattr(wanted, name)
             if own != other:
                 as_told = [list(each) if name == "layers" else each for each in (own, other)]
-                raise LongMemMemoryError(f"the memory has another {words}", got=as_told[0], expected=as_told[1], do=do)
+                raise LongMemMemoryError(f"the memory has {words}", got=as_told[0], expected=as_told[1], do=do)
 
 
 @dataclass(frozen=True)

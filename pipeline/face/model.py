@@ -230,6 +230,8 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             reads = self._reads(memory)
             hidden = hidden_with_gradients(self.longmem, input_ids, there, reads_memory=reads)[:, -wanted:]
         else:
+            if learns:
+                checks.check_learning(labels)
             cache = LongMemCache() if cache is None else cache
             if cache.rows is None:
                 cache.begin(self._begin(memory, len(input_ids)), memory)
@@ -268,8 +270,10 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             mask = kwargs.get("attention_mask")
             checks.check_ids(ids, self.config.vocab_size)
             checks.check_mask(mask, ids, num_read=0 if past is None else past.get_seq_length())
-            settings = self.longmem.settings
-            checks.check_length(checks.own_tokens(mask, ids), settings.memory.tokens + settings.segment_tokens)
+            settings, begun_rows = self.longmem.settings, None if past is None else past.rows
+            reads = self._reads(kwargs.get("memory")) if begun_rows is None else begun_rows.reads_memory
+            remembered = settings.memory.tokens if reads else 0
+            checks.check_length(checks.own_tokens(mask, ids), window=settings.segment_tokens, remembered=remembered)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def _prepare_cache_for_generation(

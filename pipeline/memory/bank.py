@@ -7,7 +7,7 @@ segment.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -214,22 +214,20 @@ class MemoryBank:
         same = (chunked == chunked[..., :1]).all(dim=-1)
         self.documents[:, slots] = torch.where(same, chunked[..., 0], MIXED)
 
-    def grown(self, num_chunks: int) -> MemoryBank:
+    def grown(self, larger: MemoryBank) -> MemoryBank:
         """A larger bank with the same past.
 
         Args:
-            num_chunks: Chunks of its rings, not fewer than this one's.
+            larger: An empty one, alike but for its rings, which have no fewer chunks.
 
         Returns:
-            The bank.
+            The larger bank.
         """
-        larger = MemoryBank(replace(self.shape, num_chunks=num_chunks), dtype=self.dtype, device=self.device)
         slots, count = self.filled(), self.num_filled
-        into = torch.arange(count)
+        into, next_slot = torch.arange(count), count % larger.shape.num_chunks
         there = slots.to(self.device)
-        larger.label(
-            torch.from_numpy(self.positions)[slots], self.documents[:, there], slots=into, next_slot=count % num_chunks
-        )
+        positions = torch.from_numpy(self.positions)[slots]
+        larger.label(positions, self.documents[:, there], slots=into, next_slot=next_slot)
         for old, new in zip(self.layers, larger.layers, strict=True):
             new.keys[:, :, :count] = old.keys[:, :, there]
             new.values[:, :, :count] = old.values[:, :, there]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.memory.alike import Kinds, kinds_of
 from pipeline.memory.bank import LayerStore
 from pipeline.memory.segment import Run, SegmentView
 from pipeline.positions import PositionEncoding, PositionRule
@@ -118,6 +119,7 @@ class LayerView:
         self.chunk_keys = store.chunk_keys.view(num_kv_heads, segment.pools.num_pools, segment.num_slots, dim)
         self.keys = store.keys.view(-1, chunk_size, dim)  # [Hkv * P * S, c, D]
         self.values = store.values.view(-1, chunk_size, dim)
+        self._kinds: dict[tuple[Run, int, int], Kinds] = {}
         # Keys that are read at their real distance, rotated once for all queries of the segment, and before a read
         # holds anything: float32 [Hkv * P * n, c, D].
         self.near_keys = self.keys[:0]
@@ -141,6 +143,16 @@ class LayerView:
         """Length of the longest chunk key that is searched, float32 `[Hkv, P]`; there is one."""
         longest = [self.chunk_keys[:, :, run.start : run.stop].norm(dim=-1).amax(dim=-1) for run in self.segment.runs]
         return torch.stack(longest).amax(dim=0)
+
+    def kinds(self, run: Run, head: int, pool: int) -> Kinds:
+        """The slots of a run, of a key/value head and pool, by what every query scores the same; numbered from 0."""
+        which = run, head, pool
+        if which not in self._kinds:
+            keys = self.chunk_keys[head, pool, run.start : run.stop]
+            each = torch.arange(len(keys), device=keys.device)
+            # What is near is scored by its own distance to a query.
+            self._kinds[which] = Kinds(each, each) if run.near else kinds_of(keys)
+        return self._kinds[which]
 
     def queries(self, query: Tensor, tokens: slice) -> Queries:
         """Prepares a block of the segment's queries.

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.memory.alike import Kinds
 from pipeline.memory.layer import NOTHING, LayerView, Queries
 from pipeline.memory.segment import Run, at_once
 
+# Numbers of float32's size for each slot that what scores alike is chosen with: its score, twice, and its key.
+_NUMBERS_OF_ALIKE = 4
 MARGIN = 8  # candidates beyond the k-th whose scores are worked out again
 _LOW_BITS = 32
 _FLIP = 0x7FFFFFFF  # turns the bits of a negative float into an integer that grows with it
@@ -182,23 +185,24 @@ def _of_piece(
         scores = scores.masked_fill(hidden, NOTHING)
     k = min(view.segment.settings.top_k_chunks, scores.shape[-1])
     top = scores.topk(min(k + MARGIN, scores.shape[-1]), dim=-1)
-    members = queries.members[piece].flatten()
-    chosen = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members, k)
+    members = queries.members[piece]
+    best = _choose(view, queries, run, top.values.flatten(0, 2), top.indices.flatten(0, 2), members.flatten(), k)
+    chosen = Retrieved(*(part.view(*bound.shape, k) for part in (best.keys, best.slots)))
     if top.values.shape[-1] == scores.shape[-1]:
-        return Retrieved(*(part.view(*bound.shape, k) for part in (chosen.keys, chosen.slots)))  # there are no others
+        return chosen  # there are no others
     open_ended = _is_open(top.values, bound, k)
     if unsure is not None:
         unsure.append(open_ended.any())
     elif bool(open_ended.any()):
         # More chunks than the margin score alike: look at all of them, in no more space than the scores take.
-        lowest = (top.values[..., k - 1] - bound).flatten()[:, None]
-        rows, asked = scores.flatten(0, 2), open_ended.flatten().nonzero()[:, 0]
-        most = int((rows >= lowest).sum(dim=-1)[asked].max())
-        for part in asked.split(max(1, scores.numel() // (most * 2 * queries.far.shape[-1]))):
-            alike = rows[part].topk(most, dim=-1)
-            again = _choose(view, queries, run, alike.values, alike.indices, members[part], k)
-            chosen.keys[part], chosen.slots[part] = again.keys, again.slots
-    return Retrieved(*(part.view(*bound.shape, k) for part in (chosen.keys, chosen.slots)))
+        for head, pool in open_ended.any(dim=-1).nonzero().tolist():
+            kinds = view.kinds(run, piece[0].start + head, pool)
+            for units in open_ended[head, pool].nonzero()[:, 0].split(max(1, bound.numel() // _NUMBERS_OF_ALIKE)):
+                asked = head, pool, units
+                lowest = top.values[asked][:, k - 1] - bound[asked]
+                again = _choose_of_alike(view, queries, run, kinds, scores[asked], lowest, members[asked], k)
+                chosen.keys[asked], chosen.slots[asked] = again.keys, again.slots
+    return chosen
 
 
 def _choose(
@@ -210,6 +214,31 @@ def _choose(
     exact = exact.masked_fill(scores == NOTHING, NOTHING)
     best = sort_keys(exact, view.segment.slot_order[slots]).topk(k, dim=-1)
     return Retrieved(best.values, slots.gather(-1, best.indices))
+
+
+def _choose_of_alike(
+    view: LayerView,
+    queries: Queries,
+    run: Run,
+    kinds: Kinds,
+    scores: Tensor,
+    lowest: Tensor,
+    members: Tensor,
+    k: int,
+) -> Retrieved:
+    """As `_choose`, between all slots whose scores `[n, s]` reach a lowest one `[n]`; one of a kind is scored again."""
+    best = scores.new_full((len(scores), len(kinds.firsts)), NOTHING)
+    best.scatter_reduce_(-1, kinds.of_row.expand_as(scores), scores, "amax")
+    most = int((best >= lowest[:, None]).sum(dim=-1).max())
+    reached = best.topk(most, dim=-1, sorted=False).indices  # [n, most]
+    slots, at_once = kinds.firsts[reached] + run.start, max(1, scores.numel() // (most * queries.far.shape[-1]))
+    parts = zip(members.split(at_once), slots.split(at_once), strict=True)
+    exact = torch.cat([view.chunk_scores(queries, *part, near=run.near) for part in parts])
+    keys = sort_keys(exact, torch.zeros_like(reached))
+    of_kinds = keys.new_full(best.shape, EMPTY_KEY).scatter_(-1, reached, keys)
+    of_slots = of_kinds.index_select(-1, kinds.of_row).masked_fill_(scores == NOTHING, EMPTY_KEY)
+    found = of_slots.add_(view.segment.slot_order[run.start : run.stop]).topk(k, dim=-1)
+    return Retrieved(found.values, found.indices + run.start)
 
 
 def _is_open(scores: Tensor, bound: Tensor, k: int) -> Tensor:

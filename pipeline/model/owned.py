@@ -30,6 +30,11 @@ class Row:
     num_tokens: int
     recent: list[int] = field(default_factory=list)
 
+    def move(self, num_tokens: int) -> None:
+        """Goes on behind so many tokens, and lets go of banks that end before what is remembered."""
+        self.place += num_tokens
+        self.sources = tuple(source for source in self.sources if source.end > self.place - self.num_tokens)
+
 
 def own_bank(model: LongMem, rows: Sequence[Row], number: int, *, num_tokens: int) -> MemoryBank:
     """The bank that a row alone adds to, with room for so many tokens more, or for all that is remembered.
@@ -78,7 +83,7 @@ def _with_room(model: LongMem, bank: MemoryBank, num_tokens: int, *, most: int) 
     filled = bank.num_filled * bank.shape.chunk_size
     if bank.shape.num_chunks >= _ring(model, min(most, filled + num_tokens)):
         return bank
-    return bank.grown(_ring(model, min(most, max(filled + num_tokens, 2 * filled))))
+    return bank.grown(model.bank(1, num_tokens=min(most, max(filled + num_tokens, 2 * filled))))
 
 
 def _extended(model: LongMem, older: MemoryBank, newer: MemoryBank, *, most: int) -> MemoryBank:

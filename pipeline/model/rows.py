@@ -217,7 +217,7 @@ class Rows:
             documents = torch.zeros(1, tokens, dtype=torch.int64, device=self.model.device)
             bank = own_bank(self.model, self.rows, number, num_tokens=tokens)
             bank.append([(kv.key, kv.value) for kv in memory], start=row.place, documents=documents)
-        row.place += tokens
+        row.move(tokens)
 
     def _pass_over(self, tokens: Tensor) -> None:
         """Remembers whole segments of every row, of which nothing is asked."""
@@ -226,7 +226,7 @@ class Rows:
                 before = torch.tensor(self._context(row), dtype=torch.int64, device=own.device)
                 bank = own_bank(self.model, self.rows, number, num_tokens=len(own))
                 remember(self.model, bank, own, start=row.place, before=before)
-            row.place += len(own)
+            row.move(len(own))
         self._readers.clear()
         self._note(tokens)
 

@@ -79,6 +79,21 @@ def test_prompts_that_cannot_be_answered(model, name):
         model.generate(ids, attention_mask=mask, max_new_tokens=2, **QUIET)
 
 
+def test_a_prompt_longer_than_the_window_is_not_answered_without_memory(model):
+    words = (
+        "the prompt is longer than the window, and no memory is read: its begin would be forgotten before it is "
+        "answered; got: 17 tokens; expected: at most 16; do: give its end alone, or read memory: leave memory=False ou"
+    )
+    ways = {"memory": False}, {"past_key_values": model(IDS[:, :3], memory=False, use_cache=True).past_key_values}
+    for given in ways:
+        with pytest.raises(DataError, match=words):
+            model.generate(IDS[:, :17], max_new_tokens=2, **given, **QUIET)
+    without = tiny_face(settings={**DEEP, "memory": {**DEEP["memory"], "enabled": False}})
+    with pytest.raises(DataError, match=words):
+        without.generate(IDS[:, :17], max_new_tokens=2, **QUIET)
+    assert model.generate(IDS[:, :16], memory=False, max_new_tokens=2, **QUIET).shape == (2, 18)
+
+
 def test_forward_takes_a_mask_of_these_tokens_or_of_all(model):
     cache = model(IDS, use_cache=True).past_key_values
     for width in (4, 23, 25):
@@ -199,6 +214,22 @@ def test_labels_that_do_not_fit(model, name):
         model(IDS, labels=labels)
 
 
+def test_a_loss_that_cannot_be_learnt_from_is_refused_where_gradients_are_on(model):
+    memory = model.memorize(IDS[0], progress=False)
+    cache = model(IDS, use_cache=True).past_key_values
+    words = (
+        "a loss with a memory that was given, or with a cache, has no gradients; got: labels beside memory, .*; do: "
+        r"for the loss alone call the model under torch.no_grad\(\); to learn, give tokens and labels only"
+    )
+    for given in ({"memory": memory}, {"memory": [[memory], []]}, {"past_key_values": cache}, {"use_cache": True}):
+        with pytest.raises(DataError, match=words):
+            model(IDS, labels=IDS, **given)
+        assert model(IDS, **given).logits.shape == (2, 20, 96)  # no loss, nothing to be wrong about
+    with torch.no_grad():
+        assert not model(IDS, labels=IDS, memory=memory).loss.requires_grad
+    assert model(IDS, labels=IDS, memory=False).loss.requires_grad
+
+
 def memory_of(settings: Any, family: str = "llama") -> Memory:
     return tiny_face(family, settings).memorize(IDS[0], progress=False)
 
@@ -210,7 +241,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "other layers": (
         lambda: memory_of(PAPER),
-        r"another memory layers; got: .*; expected: \[1, 2, 3, 4\]; do: memorize",
+        r"the memory has other memory layers; got: .*; expected: \[1, 2, 3, 4\]; do: memorize",
     ),
     "other chunks": (
         lambda: memory_of({**DEEP, "memory": {**DEEP["memory"], "chunk_size": 2}}),

@@ -236,9 +236,9 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layers": (
         {"layers": (3, 6)},
-        r"another memory layers; got: \[3, 6\]; expected: \[3, 5\]; do: memorize the texts again",
+        r"the memory has other memory layers; got: \[3, 6\]; expected: \[3, 5\]; do: memorize the texts again",
     ),
-    "heads": ({"num_kv_heads": 1}, "another key/value heads; got: 1; expected: 2; do: memorize"),
+    "heads": ({"num_kv_heads": 1}, "another number of key/value heads; got: 1; expected: 2; do: memorize"),
     "size": ({"head_dim": 8}, "another head size; got: 8; expected: 4; do: memorize"),
     "chunks": ({"chunk_size": 2}, "another chunk size; got: 2; expected: 4; do: .* set memory.chunk_size"),
 }

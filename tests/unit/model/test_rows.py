@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
+from pipeline.memory import room
+from pipeline.memory.room import Room
+from pipeline.memory.sources import Source
 from pipeline.model.longmem import LongMem
 from pipeline.model.owned import Row
 from pipeline.model.rows import Rows
@@ -145,6 +150,34 @@ def test_without_memory_nothing_of_earlier_segments_is_seen():
         with torch.no_grad():
             expected = model.hidden(model.encode(tokens, None), None)
         torch.testing.assert_close(found[:, start : start + SEGMENT], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_banks_of_which_nothing_is_remembered_are_let_go():
+    """Rows that part again and again leave a bank behind each time, and a memory that was given ends some day."""
+    model, text = longmem(), tiny_tokens((1, 13 * SEGMENT + 5))
+    given = model.bank(1, num_tokens=SEGMENT)
+    key = torch.randn(1, model.backbone.num_kv_heads, SEGMENT, model.backbone.head_dim)
+    documents = torch.zeros(1, SEGMENT, dtype=torch.int64)
+    given.append([(key, key)] * len(model.geometries), start=0, documents=documents)
+    known = weakref.ref(given)
+    rows = Rows(model, [Row((Source(given),), SEGMENT, model.settings.memory.tokens)])
+    del given
+    for start in range(0, 12 * SEGMENT, SEGMENT):
+        rows = rows.chosen(torch.zeros(2, dtype=torch.int64)).apart()[1]  # the other one is gone
+        assert (known() is not None) == (start <= 2 * SEGMENT)
+        rows.read(text[:, start : start + SEGMENT])
+        assert len(rows.rows[0].sources) <= 3  # memory holds two segments; a third is appended before it is read
+    found = rows.read(text[:, 12 * SEGMENT :])[0]
+    torch.testing.assert_close(found, whole(model, text[0])[12 * SEGMENT :], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_larger_bank_that_cannot_be_held_is_refused(monkeypatch):
+    rows = begin(longmem(), 1)
+    rows.read(tiny_tokens((1, SEGMENT + 1)))
+    held = rows.rows[0].sources[-1].bank
+    monkeypatch.setattr(room, "room_on", lambda device: Room(free=held.num_bytes, total=10**9, words="host"))
+    with pytest.raises(ConfigError, match="the memory bank does not fit into host memory"):
+        rows.read(tiny_tokens((1, 2 * SEGMENT)))
 
 
 def test_rows_apart_add_to_nothing_that_they_share():
