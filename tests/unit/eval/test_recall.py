@@ -21,7 +21,7 @@ from eval.tasks.recall.passkey import (
     keys,
     most_digits,
 )
-from eval.tasks.recall.read_again import GENERATED, made_up, of_store, place_of_second, read_once, read_twice
+from eval.tasks.recall.read_again import GENERATED, made_up, of_stores, place_of_second, read_once, read_twice
 from eval.tasks.recall.task import Recall, RecallOptions
 from pipeline.data.store import TokenStore
 from pipeline.data.tokenizer import load_tokenizer
@@ -270,7 +270,7 @@ class TestReadAgain:
 
     def test_passages_are_held_out_and_stand_nowhere_in_the_filler(self, tiny_run):
         store = TokenStore.open(tiny_run.data, "validation")
-        source = of_store(store, num_passages=6, passage_tokens=16, filler_tokens=1000)
+        source = of_stores([store], num_passages=6, passage_tokens=16, filler_tokens=1000)
         halves = [length // 2 for length in VALIDATION_TOKENS]
         assert source.filler.tolist() == [
             token for document, half in enumerate(halves) for token in store.tokens(document, 0, half)
@@ -279,7 +279,7 @@ class TestReadAgain:
         expected = [(0, 40), (1, 50), (2, 32), (0, 56), (1, 66), (2, 48)]
         found = [passage.tolist() for passage in source.passages]
         assert found == [store.tokens(document, at, at + 16).tolist() for document, at in expected]
-        assert len(of_store(store, num_passages=1, passage_tokens=16, filler_tokens=50).filler) == 50
+        assert len(of_stores([store], num_passages=1, passage_tokens=16, filler_tokens=50).filler) == 50
 
     def test_sentences_are_made_up_where_the_runs_text_cannot_be_used(self, make, given, tmp_path):
         options = {"distances": (64,), "passages": 2, "passage_tokens": 16}

@@ -17,14 +17,14 @@ from tests.tiny_run import TRAIN_TOKENS, save_store
 
 def test_a_good_run_gets_both_splits(tiny_run, tmp_path):
     stores = check_inputs(tiny_run.config(tmp_path))
-    assert stores.train.num_documents == len(TRAIN_TOKENS)
-    assert stores.validation is not None and stores.validation.num_documents == 4
+    assert [store.num_documents for store in stores.train] == [len(TRAIN_TOKENS)]
+    assert [store.num_documents for store in stores.validation] == [4]
 
 
 def test_without_validation_there_is_a_warning(tiny_run, tmp_path, caplog):
     data = save_store(tmp_path / "data", {"train": TRAIN_TOKENS}, tokenizer_from=tiny_run.backbone)
     with caplog.at_level(logging.WARNING):
-        assert check_inputs(tiny_run.config(tmp_path, data={"path": str(data)})).validation is None
+        assert check_inputs(tiny_run.config(tmp_path, data={"path": str(data)})).validation == []
     assert "has no validation split: there will be no held-out evaluation" in caplog.text
 
 
