@@ -44,7 +44,8 @@ def slow_schedule(sources, weights, *, num_lanes, lane, seed, tokens):
     dealt = [deal(one, num_lanes=num_lanes, seed=seed, source=number)[lane] for number, one in enumerate(sources)]
     shares = [weight / sum(weights) for weight in weights]
     fractions = np.random.default_rng([seed, 3, lane]).random(len(sources))
-    read, waiting, epochs, order = [0] * len(sources), [[] for _ in sources], [0] * len(sources), []
+    waiting: list[list[int]] = [[] for _ in sources]
+    read, epochs, order = [0] * len(sources), [0] * len(sources), []
     while sum(read) < tokens:
         for number, documents in enumerate(waiting):
             if not documents:

@@ -127,6 +127,17 @@ def test_the_documents_that_are_long_enough_are_scored_whole(scored):
         assert (one.losses["memory_on"][one.counts == 0] == 0).all()
 
 
+def test_documents_of_several_stores_are_scored_each_with_a_number_of_its_own(make, store, scored, tmp_path):
+    random = np.random.default_rng(5)
+    other = save(tmp_path / "other", [random.integers(1, VOCABULARY, length).tolist() for length in (20, 50, 41)])
+    config, model = make(documents=4)
+    found = by_document(score(model, [store, other], config, group=group_of_one()))
+    assert len(found) == 4 and set(found) & {7, 8} == {7, 8}  # in turn: two of each, counted through both
+    for number, one in found.items():
+        own = loop(model, *((other, number - 6, number - 6) if number > 5 else (store, number, number)))
+        np.testing.assert_allclose(one.losses["memory_on"], own, atol=TOLERANCE)
+
+
 def test_backbone_alone_is_the_model_of_transformers(scored, store):
     model = tiny_model("llama")
     for document in DOCUMENTS:
