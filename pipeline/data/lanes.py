@@ -77,6 +77,9 @@ class Lanes:
         assert self.lanes, "there must be a lane to read"
         assert all(0 <= lane < num_lanes for lane in self.lanes), "lanes must be in range(num_lanes)"
         assert segment_tokens >= 1
+        assert weights is None or (len(weights) == len(sources) and min(weights) > 0), (
+            "a weight above 0 for each source"
+        )
         lengths = [source.lengths for source in sources]
         shares = _shares(weights or [1.0] * len(sources))
         dealt = [deal(own, num_lanes=num_lanes, seed=seed, source=number) for number, own in enumerate(lengths)]
