@@ -178,10 +178,10 @@ def read_texts(options: argparse.Namespace, model: LongMemForCausalLM) -> list[T
             own = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
             texts.append(torch.tensor(own))
     else:
-        store = TokenStore.open(options.data, "validation")
+        stores = [TokenStore.open(options.data, "validation")]
         least = options.remembered + options.scored + 1
-        numbers = held_out_documents(store, count=options.texts, min_tokens=least)
-        texts = [torch.from_numpy(store.tokens(number, 0, least)) for number in numbers]
+        chosen = held_out_documents(stores, count=options.texts, min_tokens=least)
+        texts = [torch.from_numpy(one.store.tokens(one.document, 0, least)) for one in chosen]
     found = []
     for text in texts:
         num_remembered = min(options.remembered, len(text) - options.scored - 1) // segment * segment

@@ -1,4 +1,4 @@
-"""Held-out documents, of a token store, of files of text or of the hub, in pairs that lend each other their memories.
+"""Held-out documents, of token stores, of files of text or of the hub, in pairs that lend each other their memories.
 
 Shapes: `N` tokens of a document.
 """
@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.scorer import OTHER_MEMORY, How, Losses, Scorer, Tokens
 from eval.task import Item
+from pipeline.config.schema import Config
 from pipeline.data.files import find_files
-from pipeline.data.held_out import held_out_documents
+from pipeline.data.held_out import held_out_documents, with_split
 from pipeline.data.info import is_store
 from pipeline.data.inputs import TEXT_FIELD, read_documents
 from pipeline.data.store import TokenStore, check_tokenizer
@@ -31,7 +32,7 @@ class Document:
     """A document that is scored.
 
     Attributes:
-        number: Its number in its source; None: it only lends its memory.
+        number: Its number, of its own; None: it only lends its memory.
         tokens: int64 `[N]`, what is read, and one more where there is one, the target of the last.
         source: Where it is from.
         length: Tokens of the whole of it.
@@ -43,11 +44,11 @@ class Document:
     length: int
 
 
-def of_store(store: TokenStore, *, count: int, num_tokens: int | None, min_tokens: int) -> list[Document]:
-    """Documents of a store, chosen as in training.
+def of_stores(stores: Sequence[TokenStore], *, count: int, num_tokens: int | None, min_tokens: int) -> list[Document]:
+    """Documents of stores, chosen as in training.
 
     Args:
-        store: The split.
+        stores: The split of each.
         count: How many.
         num_tokens: Tokens of each that are read; None: all.
         min_tokens: Tokens that it must have.
@@ -60,9 +61,23 @@ def of_store(store: TokenStore, *, count: int, num_tokens: int | None, min_token
     """
     stop = None if num_tokens is None else num_tokens + 1
     return [
-        Document(number, store.tokens(number, 0, stop), store.source(number), int(store.lengths[number]))
-        for number in held_out_documents(store, count=count, min_tokens=min_tokens)
+        Document(number, store.tokens(document, 0, stop), store.source(document), int(store.lengths[document]))
+        for number, store, document in held_out_documents(stores, count=count, min_tokens=min_tokens)
     ]
+
+
+def open_stores(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, split: str) -> list[TokenStore]:
+    """Opens a split of token stores. Raises DataError: one lacks it, or is none, or another tokenizer made it."""
+    stores = [TokenStore.open(path, split) for path in paths]
+    for store in stores:
+        check_tokenizer(store, tokenizer)
+    return stores
+
+
+def data_of_run(config: Config, split: str) -> tuple[str, ...]:
+    """Folders of those of a run's sources that have a split; of one alone whether it has or not."""
+    paths = tuple(source.path for source in config.data.mixture)
+    return paths if len(paths) == 1 else tuple(with_split(paths, split)) or paths
 
 
 def of_data(
@@ -74,13 +89,13 @@ def of_data(
     num_tokens: int | None,
     min_tokens: int,
 ) -> list[Document]:
-    """Documents of what a user names: a token store; files and folders of text, JSON lines or Parquet; or a hub name.
+    """Documents of what a user names: token stores; files and folders of text, JSON lines or Parquet; or a hub name.
 
     Args:
         data: Paths, or one name on the hub, with `:CONFIGURATION` behind it where it has several.
         tokenizer: The backbone's.
         split: Of the store or of the hub's data set.
-        count: As in `of_store`; of texts the first ones that are long enough.
+        count: As in `of_stores`; of texts the first ones that are long enough.
         num_tokens: As there.
         min_tokens: As there.
 
@@ -90,10 +105,9 @@ def of_data(
     Raises:
         DataError: They cannot be read, or none is long enough.
     """
-    if len(data) == 1 and is_store(Path(data[0])):
-        store = TokenStore.open(data[0], split)
-        check_tokenizer(store, tokenizer)
-        return of_store(store, count=count, num_tokens=num_tokens, min_tokens=min_tokens)
+    if any(is_store(Path(one)) for one in data):
+        stores = open_stores(data, tokenizer, split=split)
+        return of_stores(stores, count=count, num_tokens=num_tokens, min_tokens=min_tokens)
     found: list[Document] = []
     longest = num_read = 0
     for number, (source, text) in enumerate(_texts(data, split)):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eval.documents import check_segments, in_pairs, of_store, read_in_pairs
+from eval.documents import check_segments, in_pairs, of_stores, read_in_pairs
 from eval.held_out import DocumentLosses, PerplexityReport, summarise
 from eval.in_step import in_step
 from eval.model_scorer import ModelScorer
@@ -27,7 +27,7 @@ from pipeline.model.longmem import LongMem
 
 def evaluate(
     model: LongMem,
-    store: TokenStore,
+    stores: Sequence[TokenStore],
     config: Config,
     *,
     group: MemoryGroup,
@@ -42,7 +42,7 @@ def evaluate(
     past; `other_memory`, with its own recent window and what is retrieved from another held-out document, equally long;
     `window_only`, where nothing is retrieved: what retrieval is worth is `memory_on` against that. Then
     `longest_window`, the backbone alone with the longest ordinary window that it takes: the honest rival. Documents go
-    two by two, in the order of the store, and borrow of each other; the last of an odd number borrows the first's.
+    two by two, in the order of the stores, and borrow of each other; the last of an odd number borrows the first's.
 
     Each document has a lane of a bank of its own, made here and split over the ranks of a memory group, which read in
     turn as in training: training memory is not touched. So `memory.scope` `group` is read as `lane`, and `document` is
@@ -52,7 +52,7 @@ def evaluate(
 
     Args:
         model: The model.
-        store: The held-out split.
+        stores: The held-out split of each source that has one.
         config: The run's settings.
         group: This rank's memory group; the documents are dealt to all of them.
         progress: Whether this rank shows a progress bar.
@@ -67,7 +67,7 @@ def evaluate(
         DataError: No document is long enough.
     """
     begun = time.perf_counter()
-    scored = score(model, store, config, group=group, progress=progress, conditions=conditions)
+    scored = score(model, stores, config, group=group, progress=progress, conditions=conditions)
     return summarise(
         scored,
         context_tokens=config.evaluation.context_tokens,
@@ -78,7 +78,7 @@ def evaluate(
 
 def score(
     model: LongMem,
-    store: TokenStore,
+    stores: Sequence[TokenStore],
     config: Config,
     *,
     group: MemoryGroup,
@@ -89,7 +89,7 @@ def score(
     check_evaluation(config)
     wanted = config.evaluation
     num_tokens = wanted.context_tokens + wanted.scored_tokens
-    documents = of_store(store, count=wanted.documents, num_tokens=num_tokens, min_tokens=num_tokens)
+    documents = of_stores(stores, count=wanted.documents, num_tokens=num_tokens, min_tokens=num_tokens)
     items = in_pairs(documents, at_once=held_out_lanes(wanted.documents, num_groups=group.num_groups))
     bar = Progress("evaluation" if progress else None)
     with in_step(model) as (stepping, finish):

@@ -49,7 +49,7 @@ def _train(config: Config, signals: Signals) -> Ended:
     built = build_run(config, signals=signals)
     ended = train(
         built,
-        evaluate=lambda model, store: evaluate(model, store, config, group=built.group, progress=rank() == 0),
+        evaluate=lambda model, stores: evaluate(model, stores, config, group=built.group, progress=rank() == 0),
         signals=signals,
     )
     if rank() == 0:

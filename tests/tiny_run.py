@@ -25,6 +25,7 @@ VOCABULARY = 300
 LAYERS = 4
 TRAIN_TOKENS = (90, 150, 70, 210, 130, 60, 110)
 VALIDATION_TOKENS = (80, 101, 64, 30)
+MORE_TRAIN_TOKENS, MORE_VALIDATION_TOKENS = (40, 75, 52, 31, 66), (90, 72)
 _SENTENCES = (
     "It was a bright cold day in the harbour.",
     "The clocks of the old town were striking one after another.",
@@ -46,10 +47,17 @@ class TinyRun:
     Attributes:
         backbone: Folder of the backbone, with its tokenizer.
         data: Folder of the token store, with both splits.
+        more: Folder of another.
     """
 
     backbone: Path
     data: Path
+    more: Path
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """For `data` of `config`: three tokens of the first store for two of the other."""
+        return {"path": None, "sources": [{"path": str(self.data), "weight": 3}, {"path": str(self.more), "weight": 2}]}
 
     def config(self, output_dir: Path, *, profile: str = "deep", **overrides: Mapping[str, Any]) -> Config:
         """Settings of a run: 8 steps of two segments of 16 tokens in each of four lanes; memory overflows in step 3.
@@ -136,7 +144,9 @@ def save_tiny_run(folder: Path) -> TinyRun:
     """Everything that a tiny run reads."""
     backbone = save_backbone(folder / "backbone")
     splits = {"train": TRAIN_TOKENS, "validation": VALIDATION_TOKENS}
-    return TinyRun(backbone, save_store(folder / "data", splits, tokenizer_from=backbone))
+    more = {"train": MORE_TRAIN_TOKENS, "validation": MORE_VALIDATION_TOKENS}
+    stores = [save_store(folder / name, of, tokenizer_from=backbone) for name, of in (("data", splits), ("more", more))]
+    return TinyRun(backbone, *stores)
 
 
 @pytest.fixture(scope="session")

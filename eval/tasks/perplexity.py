@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from eval.controls import Comparison, compare, missing
-from eval.documents import check_segments, in_pairs, of_data, read_in_pairs
+from eval.documents import check_segments, data_of_run, in_pairs, of_data, read_in_pairs
 from eval.report import Lines, Section, Table
 from eval.scorer import BACKBONE, CONDITIONS, LABELS, MEMORY_OFF, MEMORY_ON, How, Losses, Scorer
 from eval.statistics import Float64Array
@@ -59,7 +59,7 @@ class Perplexity(Task[PerplexityOptions]):
         self._check_sweeps()
         count = min(options.documents, options.limit or options.documents)
         found = of_data(
-            options.data or (config.data.path,),
+            options.data or data_of_run(config, options.split),
             self.given.tokenizer,
             split=options.split,
             count=count,

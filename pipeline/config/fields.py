@@ -28,7 +28,7 @@ class Setting:
         required: Whether it has no default.
         default: The default; None where there is none.
         text: What it means and in which unit.
-        takes_text: Whether its value is always text, so that `--run.output_dir 2024` needs no quotes.
+        takes_text: Whether its value is text, or null by default, so that `--run.output_dir 2024` needs no quotes.
     """
 
     name: str
@@ -86,7 +86,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
         required=field.is_required(),
         default=None if field.is_required() else field.default,
         text=" ".join((field.description or "").split()),
-        takes_text=field.annotation is str or bool(choices),
+        takes_text=_inner(field.annotation) is str or bool(choices),
     )
 
 
@@ -98,12 +98,22 @@ def _kind(field: FieldInfo, choices: list[str]) -> str:
     if choices:
         return " or ".join(f"`{choice}`" for choice in choices)
     # `Count | None` keeps its range inside the union, a plain `Count` in the field's metadata.
-    is_union = get_origin(field.annotation) in (Union, UnionType)
+    is_union = _is_union(field.annotation)
     inner = get_args(field.annotation)[0] if is_union else field.annotation
     metadata = [*field.metadata, *getattr(inner, "__metadata__", ())]
-    base: Any = getattr(inner, "__origin__", inner)
+    base = _inner(field.annotation)
     words = [PLAIN_KINDS[base], _range(metadata)] if base is not str else ["text"]
     return " ".join(word for word in words if word) + (" or null" if is_union else "")
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, UnionType)
+
+
+def _inner(annotation: Any) -> Any:
+    """The bare type of a value: `int` for `Count | None`."""
+    inner = get_args(annotation)[0] if _is_union(annotation) else annotation
+    return getattr(inner, "__origin__", inner)
 
 
 def _range(metadata: list[Any]) -> str:

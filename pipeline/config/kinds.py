@@ -33,11 +33,9 @@ StepsOrZero = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 TokensOrZero = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_nameable)]
-Folder = Annotated[
-    Text,
-    AfterValidator(_in_home),
-    Field(json_schema_extra={"kind": "text: a path, each part at most 255 bytes; `~` is the home folder"}),
-]
+_PATH = "text: a path, each part at most 255 bytes; `~` is the home folder"
+Folder = Annotated[Text, AfterValidator(_in_home), Field(json_schema_extra={"kind": _PATH})]
+FolderOrNone = Annotated[Folder | None, Field(json_schema_extra={"kind": f"{_PATH}; or null"})]
 Factor = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

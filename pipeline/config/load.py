@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.fields import all_settings, nearest_setting, section_models
+from pipeline.config.fields import Setting, all_settings, nearest_setting, section_models
 from pipeline.config.model import dotted
 from pipeline.config.output import readers_may_leave
 from pipeline.config.reference import help_text
@@ -206,11 +206,17 @@ def _apply_overrides(sections: Sections, overrides: Sequence[str], problems: lis
         text = text if equals else rest.pop(0)
         setting = all_settings().get(name[2:])
         try:
-            value = text if setting is None or setting.takes_text else read_yaml(text)
+            value = _value(setting, text)
         except yaml.YAMLError:
             problems.append(f"{name[2:]} on the command line is not valid YAML; got: {shown(text)}")
             continue
         _set_known(sections, name[2:], value, problems)
+
+
+def _value(setting: Setting | None, text: str) -> Any:
+    if setting is None or not setting.takes_text:
+        return text if setting is None else read_yaml(text)
+    return None if text == "null" and setting.default is None and not setting.required else text
 
 
 def _validate(sections: Sections, broken_sections: set[str], problems: list[str]) -> Config | None:
@@ -221,7 +227,7 @@ def _validate(sections: Sections, broken_sections: set[str], problems: list[str]
     except ValidationError as error:
         broken = {".".join(str(part) for part in entry["loc"][:2]): entry for entry in error.errors()}
         problems.extend(
-            _field_problem(name, missing=entry["type"] == "missing", got=entry["input"])
+            _field_problem(name, entry["loc"][2:], missing=entry["type"] == "missing", got=entry["input"])
             for name, entry in broken.items()
             if name.partition(".")[0] not in broken_sections
         )
@@ -240,9 +246,11 @@ def _validate(sections: Sections, broken_sections: set[str], problems: list[str]
     return None
 
 
-def _field_problem(name: str, *, missing: bool, got: object) -> str:
+def _field_problem(name: str, inside: Sequence[int | str], *, missing: bool, got: object) -> str:
+    """What is wrong with a setting, or with something `inside` of it."""
     kind = all_settings()[name].kind
     section, _, key = name.partition(".")
-    if missing:
+    if missing and not inside:
         return f"{name} is required and missing; expected: {kind}; do: write `{key}: ...` below `{section}:`"
-    return f"{name} is not valid; got: {shown(got)}; expected: {kind}"
+    where = "".join(f"[{short(part)}]" for part in inside)
+    return f"{name}{where} is not valid; got: {shown(got)}; expected: {kind}"

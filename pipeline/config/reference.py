@@ -33,6 +33,20 @@ configuration are reported at once, before anything is loaded. The resolved sett
 The batch is defined without naming ranks: `data.lanes` lanes and `train.segments_per_step` consecutive segments of each
 make one optimizer step, whatever the world size. Lanes are split over memory groups, the segments of a step over the
 ranks of a group and gradient accumulation.
+
+A mixture, here three tokens of books for one of code. Every lane reads all sources, whole documents in turn, so that
+the shares hold over any stretch that is long against the longest documents; each source has its own epochs. Every
+source needs as many documents as there are lanes. On the command line:
+`--data.path null --data.sources '[{path: data/books, weight: 3}, {path: data/code}]'`.
+
+```yaml
+data:
+  sources:
+    - path: data/books
+      weight: 3
+    - path: data/code
+  lanes: 64
+```
 """
 
 PAGE_TAIL = """\
@@ -82,6 +96,8 @@ def default_text(value: object) -> str:
     """A default as it would stand in YAML."""
     if value is None:
         return "null"
+    if isinstance(value, tuple):
+        value = list(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.config.untrusted import short
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,25 @@ def _faiss(search: str, retrieve_for: str) -> str | None:
     )
 
 
+def _path_or_sources(path: str | None, sources: Sequence[Any]) -> str | None:
+    if path is None and not sources:
+        return "data.path is required and missing, and so is data.sources; expected: one of them; do: write `path: ...`"
+    if path is not None and sources:
+        return (
+            f"data.path and data.sources are both given; got: {short(path)} and {len(sources)} source(s); "
+            "expected: one of them; do: leave one out, or add --data.path null or --data.sources []"
+        )
+    return None
+
+
+def _different_sources(sources: Sequence[Any]) -> str | None:
+    paths = [os.path.realpath(os.path.expanduser(source["path"])) for source in sources]
+    twice = next((path for number, path in enumerate(paths) if path in paths[:number]), None)
+    return (
+        twice and f"data.sources names a folder twice; got: {short(twice)}; do: name it once, with the sum of weights"
+    )
+
+
 RULES = (
     _whole_chunks("memory.tokens"),
     _whole_chunks("memory.top_k_tokens"),
@@ -76,6 +98,8 @@ RULES = (
     Rule(("sidenet.memory_layers", "sidenet.num_layers"), _memory_layers),
     Rule(("memory.search", "memory.retrieve_for"), _faiss),
     Rule(("memory.window_tokens", "memory.tokens"), _window),
+    Rule(("data.path", "data.sources"), _path_or_sources),
+    Rule(("data.sources",), _different_sources),
 )
 
 

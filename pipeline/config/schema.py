@@ -8,15 +8,17 @@ What needs two fields at once is in `rules.py`; what needs the world size in `wo
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.kinds import (
     Beta,
     Count,
     Factor,
     Folder,
+    FolderOrNone,
     Fraction,
     Precision,
     Section,
@@ -62,16 +64,57 @@ class BackboneConfig(Section):
     """DeepSpeed JSON of the frozen engine (ZeRO stage 3), in the current folder or among those shipped."""
 
 
+class SourceConfig(Section):
+    """One of the sources of a mixture."""
+
+    path: Folder
+    """As `data.path`."""
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    """Tokens read of it, against those of the other sources and their weights."""
+
+
+def _listed(value: object) -> object:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("not a list")
+    return tuple(value)
+
+
 class DataConfig(Section):
     """The training stream."""
 
-    path: Folder
-    """Folder made by `launch/prepare_data.py`, with `train/` and optionally `validation/`."""
+    path: FolderOrNone = None
+    """Folder made by `launch/prepare_data.py`, with `train/` and optionally `validation/`. This or `sources` is
+    required."""
+    sources: Annotated[
+        tuple[SourceConfig, ...],
+        BeforeValidator(_listed),
+        Field(
+            json_schema_extra={
+                "kind": "a list of `{path: FOLDER, weight: NUMBER}`, weights >= 1e-06 and <= 1e+06 or left out"
+            }
+        ),
+    ] = ()
+    """Instead of `path`, a mixture: each a folder as there, and how many tokens of it are read against those of the
+    others (`weight`, 1 where left out)."""
     verify: Literal["full", "size"] = "full"
-    """What is checked of the store when a run starts: `full` reads all of it and compares hashes, while the backbone
-    is loaded; `size` compares the sizes of its files."""
+    """What is checked of the stores when a run starts: `full` reads all of them and compares hashes, while the backbone
+    is loaded; `size` compares the sizes of their files."""
     lanes: Count
     """Rows of the training stream, over the whole job and not per rank. The memory groups must divide them."""
+
+    @property
+    def mixture(self) -> tuple[SourceConfig, ...]:
+        """The sources; `path` is one alone."""
+        return self.sources if self.path is None else (SourceConfig(path=self.path),)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the tokens of each source, by a name of its own: the last part of its path, if all have others."""
+        names = [PurePath(source.path).name for source in self.mixture]
+        if len(set(names)) < len(names):
+            names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
+        total = sum(source.weight for source in self.mixture)
+        return {name: source.weight / total for name, source in zip(names, self.mixture, strict=True)}
 
 
 class TrainConfig(Section):

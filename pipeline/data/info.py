@@ -88,9 +88,9 @@ def read_info(path: Path) -> StoreInfo:
         DataError: There is no store, or store.json is damaged or of another version.
     """
     if not path.is_dir():
-        raise DataError("the token store does not exist", got=f"data.path {path}", do=PREPARE)
+        raise DataError("the token store does not exist", got=path, do=PREPARE)
     if not is_store(path):
-        raise DataError("the folder is not a token store: it has no store.json", got=f"data.path {path}", do=PREPARE)
+        raise DataError("the folder is not a token store: it has no store.json", got=path, do=PREPARE)
     try:
         whole = parse_json(read_small(path / INFO_FILE))
         version = whole["format_version"]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.data.deal import deal
+from pipeline.data.mixture import Block, Int64Array, Schedule
 from pipeline.errors import DataError
 
 IGNORED_TARGET = -100  # what torch's cross-entropy ignores
-_DEAL_STREAM, _ORDER_STREAM = 1, 2  # keep the seeds of the deal and of the orders apart
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class TokenSource(Protocol):
@@ -49,38 +46,12 @@ class Segment:
     start: int
 
 
-def deal(lengths: npt.ArrayLike, *, num_lanes: int, seed: int) -> list[Int64Array]:
-    """Deal whole documents to lanes, balanced by tokens: the longest first, each to the least full lane.
-
-    Args:
-        lengths: Tokens of each document, ``[num_documents]``, at least 1 each.
-        num_lanes: Number of lanes of the whole job.
-        seed: Decides between documents of equal length.
-
-    Returns:
-        For each lane its document numbers, int64, ascending.
-
-    Raises:
-        DataError: There are more lanes than documents.
-    """
-    counts = np.asarray(lengths, dtype=np.int64)
-    _check_enough(len(counts), num_lanes)
-    shuffled = np.random.default_rng([seed, _DEAL_STREAM]).permutation(len(counts))
-    longest_first = shuffled[np.argsort(-counts[shuffled], kind="stable")]
-    fill = [(0, lane) for lane in range(num_lanes)]
-    dealt: list[list[int]] = [[] for _ in range(num_lanes)]
-    for document in longest_first.tolist():
-        tokens, lane = fill[0]
-        dealt[lane].append(document)
-        heapq.heapreplace(fill, (tokens + int(counts[document]), lane))
-    return [np.array(sorted(documents), dtype=np.int64) for documents in dealt]
-
-
 class Lanes:
     """Some lanes of a job, read in lockstep. What a lane yields does not depend on which others are read with it.
 
     Args:
-        source: The documents, usually an open TokenStore.
+        sources: The documents, usually open TokenStores.
+        weights: Of each source, how many tokens of it are read against those of others; None: as many of each.
         num_lanes: Number of lanes of the whole job.
         lanes: Numbers of the lanes to read, in row order.
         segment_tokens: Tokens of a segment.
@@ -88,13 +59,14 @@ class Lanes:
         context_tokens: Tokens before each segment that are given with it.
 
     Raises:
-        DataError: There are more lanes than documents.
+        DataError: There are more lanes than documents of a source.
     """
 
     def __init__(
         self,
-        source: TokenSource,
+        sources: Sequence[TokenSource],
         *,
+        weights: Sequence[float] | None = None,
         num_lanes: int,
         lanes: Sequence[int],
         segment_tokens: int,
@@ -105,15 +77,27 @@ class Lanes:
         assert self.lanes, "there must be a lane to read"
         assert all(0 <= lane < num_lanes for lane in self.lanes), "lanes must be in range(num_lanes)"
         assert segment_tokens >= 1
-        dealt = deal(source.lengths, num_lanes=num_lanes, seed=seed)
-        self._rows = [_Lane(source, lane, num_lanes=num_lanes, documents=dealt[lane], seed=seed) for lane in self.lanes]
+        assert weights is None or (len(weights) == len(sources) and min(weights) > 0), (
+            "a weight above 0 for each source"
+        )
+        lengths = [source.lengths for source in sources]
+        shares = _shares(weights or [1.0] * len(sources))
+        dealt = [deal(own, num_lanes=num_lanes, seed=seed, source=number) for number, own in enumerate(lengths)]
+        self.num_sources = len(sources)
+        self._rows = []
+        for lane in self.lanes:
+            of_lane = [documents[lane] for documents in dealt]
+            schedule = Schedule(lengths, of_lane, shares=shares, lane=lane, seed=seed)
+            self._rows.append(_Lane(sources, lane, num_lanes=num_lanes, schedule=schedule))
         self._segment_tokens, self._context_tokens = segment_tokens, context_tokens
         self._index = 0
+        hashes = [hashlib.sha256(own.astype("<i8").tobytes()).hexdigest() for own in lengths]
         self._fingerprint = {
             "num_lanes": num_lanes,
             "segment_tokens": segment_tokens,
             "seed": seed,
-            "documents": hashlib.sha256(source.lengths.astype("<i8").tobytes()).hexdigest(),
+            # As checkpoints of one source have it.
+            "documents": hashes[0] if len(sources) == 1 else [list(pair) for pair in zip(hashes, shares, strict=True)],
         }
 
     def next_segment(self) -> Segment:
@@ -141,6 +125,10 @@ class Lanes:
     def index(self) -> int:
         """Number of the segment that comes next, counted from 0."""
         return self._index
+
+    def tokens_of_sources(self) -> list[int]:
+        """Tokens of each source that these lanes have read."""
+        return [sum(of_source) for of_source in zip(*(lane.of_sources() for lane in self._rows), strict=True)]
 
     def next_of_group(self, rank: int, size: int) -> Segment:
         """The segment of one rank of a memory group of `size`; afterwards the lanes stand behind those of all ranks."""
@@ -178,7 +166,8 @@ class Lanes:
                     "the state of the lanes comes from other data or settings",
                     got=other,
                     expected={name: self._fingerprint[name] for name in other},
-                    do="use the data.path, data.lanes, train.segment_tokens and run.seed of the first run",
+                    do="use the data.path (or data.sources), data.lanes, train.segment_tokens and run.seed of the "
+                    "first run",
                 )
             marks = [state["lanes"][str(lane)] for lane in self.lanes]
             positions = [(int(mark["ordinal"]), int(mark["offset"])) for mark in marks]
@@ -199,32 +188,30 @@ class _Tokens(NamedTuple):
 
 
 class _Lane:
-    """One endless row: its documents in a new order each epoch, and a mark of what is read next.
+    """One endless row: what its schedule says, and a mark of what is read next.
 
-    ``ordinal`` counts the documents begun over all epochs, ``offset`` the tokens read of the current one.
+    ``ordinal`` counts the documents begun over all epochs of all sources, ``offset`` the tokens read of the current
+    one.
     """
 
-    def __init__(self, source: TokenSource, number: int, *, num_lanes: int, documents: Int64Array, seed: int) -> None:
+    def __init__(self, sources: Sequence[TokenSource], number: int, *, num_lanes: int, schedule: Schedule) -> None:
         self.number = number
         self.ordinal = 0
         self.offset = 0
-        self._source = source
+        self._sources = sources
         self._num_lanes = num_lanes
-        self._documents = documents
-        self._epoch_tokens = int(source.lengths[documents].sum())
-        self._seed = seed
-        self._epoch = -1
-        self._order = documents
+        self._schedule = schedule
 
     def read_into(self, segment: _Tokens, row: int) -> None:
         """Fill one row and move the mark behind it."""
         filled, wanted = 0, segment.tokens.shape[1]
         while filled < wanted:
-            document = self._document()
-            length = int(self._source.lengths[document])
+            block, place = self._here()
+            source, document = self._sources[block.sources[place]], int(block.documents[place])
+            length = int(source.lengths[document])
             taken = min(wanted - filled, length - self.offset)
             # One token more than is taken, where the document has it: the target of the last one.
-            piece = self._source.tokens(document, self.offset, min(self.offset + taken + 1, length))
+            piece = source.tokens(document, self.offset, min(self.offset + taken + 1, length))
             here = slice(filled, filled + taken)
             segment.tokens[row, here] = piece[:taken]
             segment.targets[row, here] = IGNORED_TARGET
@@ -233,57 +220,38 @@ class _Lane:
             filled += taken
             self.offset += taken
             if self.offset == length:
-                self.seek(self.ordinal + 1, 0)
+                self.ordinal, self.offset = self.ordinal + 1, 0
 
     def skip(self, num_tokens: int) -> None:
         """Move the mark by some tokens, on or back, over any number of epochs, without reading tokens."""
-        epoch, place = divmod(self.ordinal, len(self._documents))
-        before = int(self._source.lengths[self._order_of(epoch)[:place]].sum()) + self.offset
-        epochs, target = divmod(before + num_tokens, self._epoch_tokens)
-        ends = np.cumsum(self._source.lengths[self._order_of(epoch + epochs)])
-        place = int(np.searchsorted(ends, target, side="right"))
-        begin = int(ends[place - 1]) if place > 0 else 0
-        self.seek((epoch + epochs) * len(self._documents) + place, target - begin)
+        block, place = self._here()
+        token = block.start + block.begin(place) + self.offset + num_tokens
+        block = self._schedule.with_token(token)
+        place = int(np.searchsorted(block.ends, token - block.start, side="right"))
+        self.ordinal, self.offset = block.first + place, token - block.start - block.begin(place)
 
     def seek(self, ordinal: int, offset: int) -> None:
         """Put the mark on a token of a document, counted over all epochs. Raises DataError: there is no such token."""
         self.ordinal, self.offset = ordinal, offset
-        if ordinal < 0 or not 0 <= offset < self._source.lengths[self._document()]:
-            raise DataError(
-                "the state of the lanes points outside a document",
-                got=f"lane {self.number}, document {ordinal}, token {offset}",
-            )
-
-    def _document(self) -> int:
-        epoch, place = divmod(self.ordinal, len(self._documents))
-        return int(self._order_of(epoch)[place])
-
-    def _order_of(self, epoch: int) -> Int64Array:
-        """The lane's documents in the order of one epoch, from nothing but seed, lane and epoch."""
-        if epoch != self._epoch:
-            random = np.random.default_rng([self._seed, _ORDER_STREAM, self.number, epoch])
-            self._order = random.permutation(self._documents)
-            self._epoch = epoch
-        return self._order
-
-
-def check_documents(source: TokenSource, *, chunk_size: int, num_lanes: int) -> None:
-    """Raises DataError if a document is shorter than a chunk of memory, or there are fewer documents than lanes."""
-    num_short = int((source.lengths < chunk_size).sum())
-    if num_short:
+        if ordinal >= 0 and offset >= 0:
+            block, place = self._here()
+            if offset < block.begin(place + 1) - block.begin(place):
+                return
         raise DataError(
-            f"{num_short} of {len(source.lengths)} documents are shorter than a chunk of memory",
-            got=f"the shortest has {source.lengths.min()} tokens",
-            expected=f"at least memory.chunk_size, {chunk_size} tokens",
-            do=f"prepare the data again with --min-tokens {chunk_size}",
+            "the state of the lanes points outside a document",
+            got=f"lane {self.number}, document {ordinal}, token {offset}",
         )
-    _check_enough(len(source.lengths), num_lanes)
+
+    def of_sources(self) -> list[int]:
+        """Tokens of each source that it has read."""
+        block, place = self._here()
+        return block.of_sources(place, self.offset)
+
+    def _here(self) -> tuple[Block, int]:
+        """Where in which block the mark is."""
+        block = self._schedule.with_reading(self.ordinal)
+        return block, self.ordinal - block.first
 
 
-def _check_enough(num_documents: int, num_lanes: int) -> None:
-    if num_documents < num_lanes:
-        raise DataError(
-            "there are more lanes than documents to deal to them",
-            got=f"data.lanes {num_lanes}, {num_documents} documents",
-            do=f"lower data.lanes to at most {num_documents}, or prepare more documents",
-        )
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]

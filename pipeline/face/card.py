@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,18 @@ def _training(config: Config, known: Figures) -> str:
         ("optimizer steps", f"{known.step:,} of {known.of_steps:,}"),
         ("tokens read", f"{known.tokens:,}"),
         ("a step", f"{known.lanes} lanes x {known.segments_per_step} segments x {known.segment_tokens:,} tokens"),
-        ("text", f"the token store `{Path(config.data.path).name}`"),
+        ("text", _text(config.data.shares)),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} steps of warm-up"),
         ("precision", train.precision),
         ("training loss", loss),
     ]
     return _table(("", ""), rows)
+
+
+def _text(shares: Mapping[str, float]) -> str:
+    if len(shares) == 1:
+        return f"the token store `{next(iter(shares))}`"
+    return "a mixture of the token stores " + ", ".join(f"`{name}` ({share:.1%})" for name, share in shares.items())
 
 
 def _held_out(known: Figures) -> str:

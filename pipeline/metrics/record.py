@@ -1,8 +1,8 @@
 """The record of a run: `metrics.jsonl`, one JSON object an optimizer step, and TensorBoard on top.
 
 TensorBoard's tags are `group/name_unit`: a key of `TAGS` becomes the tag beside it, `phase_backbone_s` becomes
-`phase/backbone_s`, a key that holds a `/` is a tag already, and any other key goes to `step/<key>`. A number that is
-not finite is null in JSON, which has no word for it.
+`phase/backbone_s` (likewise `traffic_` and `source_`), a key that holds a `/` is a tag already, and any other key goes
+to `step/<key>`. A number that is not finite is null in JSON, which has no word for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tag_of(key: str) -> str:
     """The TensorBoard tag, `group/name_unit`, of a key of the record."""
     if "/" in key:
         return key
-    for kind in ("phase", "traffic"):
+    for kind in ("phase", "traffic", "source"):
         if key.startswith(f"{kind}_"):
             return f"{kind}/" + key.removeprefix(f"{kind}_")
     return TAGS.get(key, f"step/{key}")

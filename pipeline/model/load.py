@@ -213,7 +213,9 @@ def _saved(folder: Path, overrides: Sequence[str]) -> tuple[Config, str]:
     else:
         # Required of a run, not known of this one. `data.path` shows in the error of a task that looks for it.
         sections = {"run": {"output_dir": str(folder)}, "backbone": {"path": "not known"}}
-        sections["data"] = {"path": "not known: the model was saved without its run", "lanes": 1}
+        sections["data"] = {"lanes": 1}
+        if not any(override.startswith("--data.sources") for override in overrides):
+            sections["data"]["path"] = "not known: the model was saved without its run"
         sections["train"] = {"steps": max(saved.step, 1)}
         logger.warning(
             "%s says what the model is, not how it was trained: data.path is not known (add --data.path DIR, or give "

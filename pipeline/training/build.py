@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from tqdm import tqdm
 
 from pipeline.backbone.backbone import identity
 from pipeline.backbone.families import family_of
 from pipeline.backbone.load import check_weights, load_backbone, read_backbone_config
 from pipeline.checkpoint.background import Background, wait_for_all
-from pipeline.checkpoint.folder import CONTEXT_TOKENS, MEMORY_TOKENS, TOKEN_STORE, Checkpoints, StateOwner
+from pipeline.checkpoint.folder import CONTEXT_TOKENS, MEMORY_TOKENS, Checkpoints, StateOwner
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.memory import MemoryOwner
 from pipeline.checkpoint.owners import LanesOwner, RandomOwner
 from pipeline.config.schema import Config
 from pipeline.config.world import WorldSplit, check_world
-from pipeline.data.held_out import held_out_documents
-from pipeline.data.lanes import Lanes, check_documents
-from pipeline.data.store import TokenStore, check_tokenizer
+from pipeline.data.lanes import Lanes
+from pipeline.data.store import check_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.distributed.launchers import local_rank
@@ -52,48 +50,9 @@ from pipeline.training.job.job import Job
 from pipeline.training.job.run_folder import SCRATCH, check_folder
 from pipeline.training.replay import replay
 from pipeline.training.step import Trainer
+from pipeline.training.stores import Stores, open_stores
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stores:
-    """The token stores of a run.
-
-    Attributes:
-        train: What is trained on.
-        validation: Held-out documents, or None.
-    """
-
-    train: TokenStore
-    validation: TokenStore | None
-
-    @property
-    def opened(self) -> list[TokenStore]:
-        """Those that there are."""
-        return [store for store in (self.train, self.validation) if store is not None]
-
-    def verify(self) -> None:
-        """Reads the stores and checks that they are what was written; shows how far it is if that takes long.
-
-        Raises:
-            DataError: One is not, or cannot be read.
-        """
-        num_bytes = sum(store.num_bytes for store in self.opened)
-        words = "checking the token store"
-        with tqdm(total=num_bytes, desc=words, unit="B", unit_scale=True, delay=5, disable=rank() != 0) as bar:
-            for store in self.opened:
-                store.verify(progress=bar.update)
-
-    def check_unchanged(self) -> None:
-        """Checks on one rank of each machine that the stores are what they were when they were opened.
-
-        Raises:
-            DataError: One is not; on that rank only.
-        """
-        if local_rank(os.environ) == 0:
-            for store in self.opened:
-                store.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -159,7 +118,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     verification = Background(stores.verify) if reads_all else None
     folder = job.folder
     on_rank_zero(lambda: check_folder(folder, config))
-    resume_from = together(lambda: find_checkpoint(config, folder, token_store=stores.train.identity))
+    resume_from = together(lambda: find_checkpoint(config, folder, data=stores.identity))
     check_agreement("the checkpoint to go on from", str(resume_from))  # a file system may show others to some
     job.begin(0 if resume_from is None else read_manifest(resume_from).step)
     group = MemoryGroup.build(
@@ -173,7 +132,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
     job.watch.at("checking the token store")
     wait_for_all(verification)
     together(lambda: _raise(None if verification is None else verification.error))
-    lanes = _lanes(config, stores.train, split, group.number)
+    lanes = _lanes(config, stores, split, group.number)
     bank = _bank(model, split, group) if config.memory.enabled else None
     timer = PhaseTimer() if device.type == "cpu" else PhaseTimer(**events_of(get_accelerator().Event))
     stream = Stream(model, bank, exchange=exchange_of(group.process_group), phase=timer.phase)
@@ -182,7 +141,7 @@ def _build(config: Config, device: torch.device, job: Job, limits: TimeLimits) -
         folder / "checkpoints",
         keep=config.checkpoint.keep,
         group_size=config.memory.group_size,
-        identity=_identity(config, model, backbone_identity, stores.train.identity),
+        identity=_identity(config, model, backbone_identity, stores.identity),
         timeout_s=config.run.collective_timeout_s,
     )
     owners: list[StateOwner] = [
@@ -252,24 +211,18 @@ def check_inputs(config: Config) -> Stores:
     Raises:
         LongMemError: Something does not fit.
     """
-    train = TokenStore.open(config.data.path, "train")
-    if not train.has_hashes:
-        logger.warning(
-            "%s was made without hashes: changes are not noticed; do: launch/prepare_data.py --add-hashes %s",
-            *(config.data.path, config.data.path),
-        )
-    check_documents(train, chunk_size=config.memory.chunk_size, num_lanes=config.data.lanes)
-    validation = _validation(config, train)
+    stores = open_stores(config)
     whole_config = read_backbone_config(config.backbone.path)
     backbone_config = whole_config.get_text_config()
     check_positions(config, backbone_config)
-    for store in (train, validation):
-        if store is not None:
-            store.limit_vocabulary(int(backbone_config.vocab_size))
+    for store in stores.opened:
+        store.limit_vocabulary(int(backbone_config.vocab_size))
     layout_of(config.sidenet, backbone_config.num_hidden_layers)
     check_weights(config.backbone.path, whole_config)
-    check_tokenizer(train, load_tokenizer(config.backbone.path))
-    return Stores(train, validation)
+    tokenizer = load_tokenizer(config.backbone.path)
+    for store in stores.train:
+        check_tokenizer(store, tokenizer)
+    return stores
 
 
 def check_positions(config: Config, backbone_config: Any) -> None:
@@ -289,13 +242,13 @@ def check_positions(config: Config, backbone_config: Any) -> None:
         )
 
 
-def find_checkpoint(config: Config, folder: Path, *, token_store: str | None = None) -> Path | None:
+def find_checkpoint(config: Config, folder: Path, *, data: Mapping[str, Any] | None = None) -> Path | None:
     """Finds the checkpoint that `run.resume` asks for.
 
     Args:
         config: The settings.
         folder: The run folder.
-        token_store: Identity of what is trained on; None: not compared.
+        data: Identity of what is trained on; None: not compared.
 
     Returns:
         Its folder, or None: start anew.
@@ -310,7 +263,7 @@ def find_checkpoint(config: Config, folder: Path, *, token_store: str | None = N
         folder / "checkpoints",
         keep=config.checkpoint.keep,
         group_size=config.memory.group_size,
-        identity=_identity_of_settings(config, token_store),
+        identity=_identity_of_settings(config, data or {}),
     )
     if config.run.resume == "auto":
         return checkpoints.newest()
@@ -318,35 +271,24 @@ def find_checkpoint(config: Config, folder: Path, *, token_store: str | None = N
     return Path(config.run.resume)
 
 
-def _validation(config: Config, train: TokenStore) -> TokenStore | None:
-    """The held-out documents, if there are any; they must be long enough for the evaluation at the end."""
-    if "validation" not in train.info.splits:
-        logger.warning("%s has no validation split: there will be no held-out evaluation", config.data.path)
-        return None
-    store, wanted = TokenStore.open(config.data.path, "validation"), config.evaluation
-    held_out_documents(store, count=wanted.documents, min_tokens=wanted.context_tokens + wanted.scored_tokens)
-    return store
-
-
-def _identity(config: Config, model: LongMem, backbone: str, token_store: str) -> dict[str, Any]:
+def _identity(config: Config, model: LongMem, backbone: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that loads it."""
     layout = model.sidenet.layout
     return {
-        **_identity_of_settings(config, token_store),
+        **_identity_of_settings(config, data),
         "backbone": backbone,
         "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
     }
 
 
-def _identity_of_settings(config: Config, token_store: str | None) -> dict[str, Any]:
+def _identity_of_settings(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `_identity` that is known before the backbone is loaded."""
     known: dict[str, Any] = {
         "precision": config.train.precision,
         "memory": config.memory.enabled,
         "segments_per_step": config.train.segments_per_step,  # a step must end with the last rank of every group
+        **data,
     }
-    if token_store is not None:
-        known[TOKEN_STORE] = token_store
     if config.memory.enabled and config.checkpoint.memory == "save":
         # What is stored was encoded with it; what is read again is encoded anew.
         known[CONTEXT_TOKENS] = config.backbone.context_tokens
@@ -363,10 +305,11 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _lanes(config: Config, store: TokenStore, split: WorldSplit, group: int) -> Lanes:
+def _lanes(config: Config, stores: Stores, split: WorldSplit, group: int) -> Lanes:
     first = group * split.lanes_per_group
     return Lanes(
-        store,
+        stores.train,
+        weights=stores.shares,
         num_lanes=config.data.lanes,
         lanes=range(first, first + split.lanes_per_group),
         segment_tokens=config.train.segment_tokens,

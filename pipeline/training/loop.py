@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,7 +27,7 @@ class Report(Protocol):
     def table(self) -> str: ...  # noqa: D102
 
 
-Evaluate = Callable[[LongMem, TokenStore], Report]
+Evaluate = Callable[[LongMem, Sequence[TokenStore]], Report]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _is_evaluated(run: Run, step: int) -> bool:
 
 def _evaluate(run: Run, evaluate: Evaluate | None, step: int) -> None:
     """Writes what the evaluation said, as JSON and as a table."""
-    if evaluate is None or run.stores.validation is None:
+    if evaluate is None or not run.stores.validation:
         return
     report = evaluate(run.model, run.stores.validation)
 

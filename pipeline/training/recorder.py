@@ -72,7 +72,9 @@ class Recorder:
             "memory_share": float(shares.mean()) if shares is not None else 0.0,
         }
         traffic = {f"traffic_{purpose}_bytes": sent for purpose, sent in result.traffic.items()}
-        self.writer.write(step, {**values, **traffic}, phases=result.phases)
+        read = zip(self.config.data.shares, result.source_tokens, strict=False)  # of one source nothing is said
+        sources = {f"source_{name}_fraction": tokens / sum(result.source_tokens) for name, tokens in read}
+        self.writer.write(step, {**values, **traffic, **sources}, phases=result.phases)
         if self._ages:
             self._histograms(step, shares)
         self._bar.set_postfix(loss=f"{result.loss:.3f}", tokens_per_s=f"{values['tokens_per_second']:.0f}")

@@ -39,6 +39,7 @@ class StepResult:
         phases: Seconds of each phase on this rank.
         traffic: Bytes that this rank sent for its memory group, by purpose.
         asked: What asks the run to stop or to save, on any rank: one of `ASKS`, or None.
+        source_tokens: Tokens of each source that all lanes have read since the first step; empty where there is one.
     """
 
     loss: float
@@ -49,6 +50,7 @@ class StepResult:
     phases: dict[str, float]
     traffic: dict[str, int]
     asked: str | None
+    source_tokens: tuple[int, ...]
 
 
 class Trainer:
@@ -95,9 +97,10 @@ class Trainer:
             TrainingError: A loss is not finite; the optimizer has not stepped.
         """
         begun = time.perf_counter()
-        # Sum of losses, predicted tokens, and who asks for what: all of them travel in one all-reduce.
-        totals = torch.zeros(2 + len(ASKS), dtype=torch.float64, device=self.stream.model.device)
-        group = self.stream.exchange
+        # Sum of losses, predicted tokens, who asks for what, tokens of sources: all of them travel in one all-reduce.
+        group, first_source = self.stream.exchange, 2 + len(ASKS)
+        num_sources = self.lanes.num_sources if self.lanes.num_sources > 1 else 0
+        totals = torch.zeros(first_source + num_sources, dtype=torch.float64, device=self.stream.model.device)
         for micro in range(self.num_segments):
             with self.timer.phase("data"):
                 segment = self.lanes.next_of_group(group.rank, group.size)
@@ -109,12 +112,15 @@ class Trainer:
             if micro + 1 == self.num_segments:
                 if (ask := asked()) is not None:
                     totals[2 + ASKS.index(ask)] = 1
+                if num_sources:
+                    totals[first_source:] = torch.tensor(self.lanes.tokens_of_sources())
                 self._check_finite(number, totals)
             with self.timer.phase("optimizer"):
                 learning_rate = learning_rate_at(number, self.settings)
                 set_learning_rate(self.engine.optimizer, learning_rate)
                 self.engine.step()
-        loss_sum, count, *asks = totals.tolist()
+        loss_sum, count, *counts = totals.tolist()
+        asks, of_sources = counts[: len(ASKS)], counts[len(ASKS) :]
         tokens = self.num_segments * losses.numel() * world_size()
         return StepResult(
             loss=loss_sum / max(count, 1.0),
@@ -125,6 +131,9 @@ class Trainer:
             phases=self.timer.collect(),
             traffic=self._collect_traffic(),
             asked=next((ask for ask, ranks in zip(ASKS, asks, strict=True) if ranks), None),
+            source_tokens=tuple(
+                int(total) // group.size for total in of_sources
+            ),  # all ranks of a group have its lanes
         )
 
     def _forward(self, segment: Segment, observe_ages: AgeObserver | None) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,10 @@ def train_one(
 
     evaluations = 0
 
-    def evaluation(model: Any, store: Any) -> Any:
+    def evaluation(model: Any, stores: Any) -> Any:
         nonlocal evaluations
         evaluations += 1
-        return evaluate(model, store, config, group=run.group)
+        return evaluate(model, stores, config, group=run.group)
 
     run = build_run(config)
     if prepare is not None:

@@ -157,7 +157,7 @@ def train(case: Case, group_size: int) -> Outcome:
     bank = model.bank(num_lanes, group_size=group_size)
     stream = Stream(model, bank, exchange=exchange)
     lanes = Lanes(
-        RandomText(case),
+        [RandomText(case)],
         num_lanes=case.lanes,
         lanes=range(group.number * num_lanes, (group.number + 1) * num_lanes),
         segment_tokens=case.segment,

@@ -182,7 +182,7 @@ def other_runs(tiny_run: TinyRun, folder: Path) -> dict[str, tuple[dict[str, Any
         ),
         "no data": (
             {"data": {"path": "/nowhere"}},
-            r"token store does not exist; got: data.path /nowhere; do: make one",
+            r"token store does not exist; got: /nowhere; do: make one",
         ),
         "empty data": ({"data": {"path": str(empty)}}, r"not a token store: it has no store.json"),
         "damaged validation": ({"data": {"path": broken_store}}, r"damaged: a split cannot be read; got: .*validation"),

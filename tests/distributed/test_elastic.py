@@ -43,17 +43,19 @@ class Case:
         group_sizes: Of each leg; the last two legs have as many ranks.
         memory: `checkpoint.memory` of each leg.
         scope: `memory.scope`.
+        mixture: Whether two sources are read.
     """
 
     profile: str
     group_sizes: tuple[int, ...]
     memory: tuple[str, ...]
     scope: str = "lane"
+    mixture: bool = False
 
 
 CASES: Mapping[str, Case] = {
     "paper_save": Case("paper", (1, 2, 2, 1, 2), (SAVE,) * 5),
-    "document_replay": Case("deep", (1, 2, 4, 2, 1), (REPLAY,) * 5, scope="document"),
+    "document_replay": Case("deep", (1, 2, 4, 2, 1), (REPLAY,) * 5, scope="document", mixture=True),
     # Always one group: another number would share banks otherwise.
     "group_both": Case("deep", (1, 2, 4, 2, 2), (REPLAY, SAVE, SAVE, REPLAY, SAVE), scope="group"),
 }
@@ -76,6 +78,7 @@ class Runs:
         return self.tiny_run.config(
             self.folder / name,
             profile=case.profile,
+            data=self.tiny_run.mixture if case.mixture else {},
             # 152 tokens: no whole number of segments of 16, and forgotten from step 3 on.
             memory={"tokens": 152, "scope": case.scope, "group_size": group_size or case.group_sizes[leg]},
             train={"steps": STOPS[-1], "stop_after_steps": STOPS[leg], "segments_per_step": 4, **changes},

@@ -76,7 +76,7 @@ def two_engines(config: Config) -> dict[str, Any]:
     train(run)
     again, lanes = model.bank(run.bank.shape.num_lanes), run.trainer.lanes
     fresh = Lanes(
-        run.stores.train, num_lanes=config.data.lanes, lanes=lanes.lanes, segment_tokens=16, seed=config.run.seed
+        list(run.stores.train), num_lanes=config.data.lanes, lanes=lanes.lanes, segment_tokens=16, seed=config.run.seed
     )
     for _ in range(config.train.segments_per_step):
         segment = fresh.next_segment()

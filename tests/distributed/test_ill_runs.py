@@ -46,7 +46,7 @@ def make_read_only(config: Config) -> None:
 
 
 def change_store(config: Config) -> None:
-    os.utime(Path(config.data.path) / "store.json")
+    os.utime(Path(config.data.mixture[0].path) / "store.json")
 
 
 def have_a_bug(config: Config) -> None:

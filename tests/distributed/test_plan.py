@@ -43,7 +43,7 @@ def two_engines(config: Config) -> dict[str, Any]:
 
     with counted() as sent:
         run = build_run(config)
-        assert run.bank is not None and run.stores.validation is not None
+        assert run.bank is not None and run.stores.validation
         for step in (1, 2):  # ZeRO-3 learns in the first passes what to keep
             run.trainer.step(step)
         sent.update({kind: 0 for kind in sent})

@@ -1,6 +1,7 @@
 """Stopping and going on, in another process: the same losses bit for bit, on one and two ranks.
 
-Also from a checkpoint of format 2, which stored the memory in the order of its slots.
+The runs of profile `deep` read a mixture. Also from a checkpoint of format 2, which stored the memory in the order of
+its slots.
 """
 
 from __future__ import annotations
@@ -91,7 +92,12 @@ def world(request: pytest.FixtureRequest, tiny_run: TinyRun, tmp_path_factory: p
 
     def configs(name: str, **train: Any) -> list[Config]:
         return [
-            tiny_run.config(folder / f"{name}_{profile}", profile=profile, train={"steps": STEPS, **train})
+            tiny_run.config(
+                folder / f"{name}_{profile}",
+                profile=profile,
+                data=tiny_run.mixture if profile == "deep" else {},
+                train={"steps": STEPS, **train},
+            )
             for profile in PROFILES
         ]
 
@@ -111,6 +117,18 @@ def world(request: pytest.FixtureRequest, tiny_run: TinyRun, tmp_path_factory: p
 
 def exact(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(record[key] for key in EXACT) for record in read_metrics(folder)]
+
+
+def test_the_shares_that_were_read_go_on_too(world):
+    keys = ("source_data_fraction", "source_more_fraction")
+    unbroken, stopped = (
+        [[record[key] for key in keys] for record in read_metrics(world / f"{name}_deep")]
+        for name in ("unbroken", "stopped")
+    )
+    assert stopped == unbroken and all(sum(shares) == pytest.approx(1) for shares in unbroken)
+    # 256 tokens of each of four lanes, 0.6 of them of the first source to less than a document of each lane.
+    assert unbroken[0] != unbroken[-1] and unbroken[-1][0] == pytest.approx(0.6, abs=0.25)
+    assert not any(key in record for record in read_metrics(world / "unbroken_paper") for key in keys)
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -145,7 +145,7 @@ def evaluate_all(folder: Path, cases: Mapping[str, Case], group_size: int) -> di
         model = LongMem(config.model, *build(config.model, tiny_model(case.family)))
         store = TokenStore.open(folder / name, "validation")
         with measured_choices() as gaps, banks_made() as sizes, documents_summarised() as documents:
-            report = evaluate(model, store, config, group=group)
+            report = evaluate(model, [store], config, group=group)
         found[name] = Outcome(
             {one.document: one for one in documents}, report, max(sizes, default=0), min(gaps, default=1.0)
         )

@@ -194,7 +194,11 @@ def by_hand(config: Config) -> dict[str, Any]:
         eps=1e-8,
     )
     lanes = Lanes(
-        TokenStore.open(config.data.path), num_lanes=4, lanes=range(4), segment_tokens=16, seed=config.run.seed
+        [TokenStore.open(one.path) for one in config.data.mixture],
+        num_lanes=4,
+        lanes=range(4),
+        segment_tokens=16,
+        seed=config.run.seed,
     )
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "gradients": []}
     for step in range(1, STEPS + 1):

@@ -115,7 +115,7 @@ def settings(installed: Installed) -> Path:
         (folder / "texts" / f"{number}.txt").write_text(text * 5)
     held_out = ["--validation-documents", "2", "--workers", "1"]
     installed.command("prepare-data", "texts", "--tokenizer", "backbone", "--output", "data", *held_out)
-    inputs = TinyRun(folder / "backbone", folder / "data")
+    inputs = TinyRun(folder / "backbone", folder / "data", more=folder / "none")
     return inputs.write_config(folder / "run.yaml", folder / "run", train={"steps": STEPS})
 
 

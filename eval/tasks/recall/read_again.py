@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from pipeline.data.store import TokenStore
 from pipeline.errors import DataError
 
 GENERATED = "generated sentences"
+Place = tuple[TokenStore, int, int]
+"""Store, document, and a token of it."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ def read_twice(passage: Tokens, filler: Tokens, *, distance: int, segment_tokens
     return np.concatenate([between[:lead], passage, between[lead:], second])
 
 
-def of_store(store: TokenStore, *, num_passages: int, passage_tokens: int, filler_tokens: int) -> Source:
-    """Passages from the second halves of a split's documents, filler from the first halves.
+def of_stores(stores: Sequence[TokenStore], *, num_passages: int, passage_tokens: int, filler_tokens: int) -> Source:
+    """Passages from the second halves of documents, filler from the first halves, of stores in turn.
 
     Args:
-        store: The split.
+        stores: The split of each.
         num_passages: How many.
         passage_tokens: `P`.
         filler_tokens: Tokens of filler; there are fewer where first halves end.
@@ -75,27 +78,41 @@ def of_store(store: TokenStore, *, num_passages: int, passage_tokens: int, fille
     Raises:
         DataError: The documents are too short.
     """
+    places = _in_turn([_places(store, passage_tokens) for store in stores])
+    path = ", ".join(str(store.path) for store in stores)
+    if len(places) < num_passages:
+        raise DataError(
+            "held-out documents are too short for passages that are read again",
+            got=f"{path}: second halves with {len(places)} passages of {passage_tokens} tokens",
+            expected=f"{num_passages} passages",
+            do="lower recall.passages or recall.passage_tokens, or name another store with --data recall=STORE",
+        )
+    passages = [store.tokens(document, at, at + passage_tokens) for store, document, at in places[:num_passages]]
+    halves = _in_turn(
+        [[(store, one, int(tokens) // 2) for one, tokens in enumerate(store.lengths)] for store in stores]
+    )
+    filler = np.zeros(0, dtype=np.int64)
+    for store, document, half in halves:
+        filler = np.concatenate([filler, store.tokens(document, 0, min(half, filler_tokens - len(filler)))])
+        if len(filler) == filler_tokens:
+            break
+    identity = "+".join(store.identity[:12] for store in stores)
+    return Source(f"held-out documents of {path}", identity, passages, filler)
+
+
+def _places(store: TokenStore, passage_tokens: int) -> list[Place]:
+    """Where passages begin: the first one of each document, then the second ones."""
     halves = [int(length) // 2 for length in store.lengths]
-    places = [
-        (document, halves[document] + number * passage_tokens)
+    return [
+        (store, document, halves[document] + number * passage_tokens)
         for number in range(max(halves) // passage_tokens)
         for document in range(store.num_documents)
         if (number + 1) * passage_tokens <= halves[document]
     ]
-    if len(places) < num_passages:
-        raise DataError(
-            "held-out documents are too short for passages that are read again",
-            got=f"{store.path}: second halves with {len(places)} passages of {passage_tokens} tokens",
-            expected=f"{num_passages} passages",
-            do="lower recall.passages or recall.passage_tokens, or name another store with --data recall=STORE",
-        )
-    passages = [store.tokens(document, at, at + passage_tokens) for document, at in places[:num_passages]]
-    filler = np.zeros(0, dtype=np.int64)
-    for document, half in enumerate(halves):
-        filler = np.concatenate([filler, store.tokens(document, 0, min(half, filler_tokens - len(filler)))])
-        if len(filler) == filler_tokens:
-            break
-    return Source(f"held-out documents of {store.path}", store.identity[:12], passages, filler)
+
+
+def _in_turn(of_stores: Sequence[Sequence[Place]]) -> list[Place]:
+    return [one for turn in zip_longest(*of_stores) for one in turn if one is not None]
 
 
 def made_up(

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
+from eval.documents import data_of_run, open_stores
 from eval.report import Section
 from eval.runner import EvaluationError
 from eval.scorer import OTHER_MEMORY, How, Scorer, Tokens, split
 from eval.task import Given, Item, Scores, Task, TaskOptions
 from eval.tasks.recall.passkey import MAX_TOKENS, Passkey, PasskeyMaker, first_integer, is_decided, keys, most_digits
-from eval.tasks.recall.read_again import Source, made_up, of_store, place_of_second, read_once, read_twice
+from eval.tasks.recall.read_again import Source, made_up, of_stores, place_of_second, read_once, read_twice
 from eval.tasks.recall.report import recall_section
 from pipeline.config.kinds import Count, Fraction
 from pipeline.config.kinds import Tokens as TokenCount
-from pipeline.data.store import TokenStore, check_tokenizer
 from pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -152,9 +152,8 @@ class Recall(Task[RecallOptions]):
             "filler_tokens": place_of_second(max(options.distances), config.train.segment_tokens),
         }
         try:
-            store = TokenStore.open(options.data[0] if options.data else config.data.path, "validation")
-            check_tokenizer(store, self.given.tokenizer)
-            return of_store(store, **sizes)
+            paths = options.data or data_of_run(config, "validation")
+            return of_stores(open_stores(paths, self.given.tokenizer, split="validation"), **sizes)
         except DataError as error:
             if options.data:
                 raise

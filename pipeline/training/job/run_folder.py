@@ -43,7 +43,7 @@ CHANGEABLE = {
     "checkpoint": {"every_steps", "every_minutes", "keep", "memory"},
     "evaluation": {"every_steps", "documents", "context_tokens", "scored_tokens"},
     "backbone": {"path"},  # its identity hash is compared instead
-    "data": {"path", "verify"},  # likewise
+    "data": {"path", "sources", "verify"},  # likewise, and the shares of sources
 }
 
 

@@ -29,7 +29,7 @@ class Documents:
 
 
 def lanes(*lengths):
-    return Lanes(Documents(*lengths), num_lanes=2, lanes=(0, 1), segment_tokens=4, seed=0)
+    return Lanes([Documents(*lengths)], num_lanes=2, lanes=(0, 1), segment_tokens=4, seed=0)
 
 
 def test_lanes_go_on_where_they_stood(tmp_path):
@@ -47,7 +47,7 @@ def test_lanes_go_on_where_they_stood(tmp_path):
 
 def test_lanes_of_other_groups_are_dealt_anew(tmp_path):
     def one_of(lane):
-        return Lanes(Documents(7, 9, 5), num_lanes=2, lanes=(lane,), segment_tokens=4, seed=0)
+        return Lanes([Documents(7, 9, 5)], num_lanes=2, lanes=(lane,), segment_tokens=4, seed=0)
 
     for rank in range(4):  # two groups of two ranks
         own = one_of(rank // 2)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.config.fields import section_models
 from pipeline.config.load import dump_config, load_config, load_from_command_line, parse_command_line
 from pipeline.config.schema import Config
 from pipeline.config.yaml_text import read_yaml, write_yaml
@@ -53,6 +54,22 @@ def test_a_value_on_the_command_line_has_the_type_of_its_field(make: Make, overr
     assert getattr(getattr(make(override), section), key) == value
 
 
+def test_a_mixture_is_given_by_file_or_command_line_and_a_path_is_one_source(make: Make, tmp_path: Path) -> None:
+    found = make("--data.path", "null", "--data.sources", "[{path: x/books, weight: 3}, {path: ~/code}]").data
+    assert [(source.path, source.weight) for source in found.mixture] == [
+        ("x/books", 3.0),
+        (str(Path.home() / "code"), 1.0),
+    ]
+    assert found.shares == {"books": 0.75, "code": 0.25} and found.path is None
+    path = tmp_path / "mixture.yaml"
+    path.write_text(dump_config(make("--data.path=null", "--data.sources=[{path: x/a}, {path: y/a, weight: 1e-1}]")))
+    again = load_config(path)
+    assert [source.weight for source in again.data.mixture] == [1.0, 0.1]
+    assert list(again.data.shares) == ["1_a", "2_a"]
+    one = make("--data.path", "2024").data
+    assert [(source.path, source.weight) for source in one.mixture] == [("2024", 1.0)] and one.shares == {"2024": 1.0}
+
+
 def test_negative_number_as_an_argument_of_its_own(make: Make) -> None:
     assert make("--sidenet.gate_init", "-2.5").sidenet.gate_init == -2.5
 
@@ -82,9 +99,9 @@ def test_help_prints_every_field_with_default_and_text(argv: list[str], capsys: 
         load_from_command_line(argv)
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    for section, keys in Config.model_json_schema()["$defs"].items():
-        for key in keys["properties"]:
-            assert f".{key} " in text, section
+    for section, model in section_models().items():
+        for key in model.model_fields:
+            assert f"--{section}.{key} " in text
     assert (
         "--memory.tokens  (whole number >= 1 and <= 10,000,000,000; default 65536)\n      Tokens remembered per lane"
         in text

@@ -167,9 +167,10 @@ def test_an_empty_file_names_every_required_field(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    required = ["run.output_dir", "backbone.path", "data.path", "data.lanes", "train.steps"]
+    required = ["run.output_dir", "backbone.path", "data.lanes", "train.steps", "data.path"]
     assert [problem.split()[0] for problem in caught.value.problems] == required
-    assert caught.value.problems[3].endswith(
+    assert "and so is data.sources; expected: one of them; do: write `path: ...`" in caught.value.problems[4]
+    assert caught.value.problems[2].endswith(
         "expected: whole number >= 1 and <= 1,000,000; do: write `lanes: ...` below `data:`"
     )
 
@@ -213,6 +214,44 @@ def test_every_seed_in_range_seeds_every_generator(make: Make, seed: int) -> Non
     np.random.seed(accepted % 2**32)
     np.random.default_rng([accepted, 0, 0, 0])
     torch.manual_seed(accepted)
+
+
+SOURCES = "{path: a, weight: 3}, {path: b}"
+A_LIST = "expected: a list of `{path: FOLDER, weight: NUMBER}`, weights >= 1e-06 and <= 1e+06"
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("a", f"data.sources is not valid; got: 'a'; {A_LIST}"),
+        ("[a]", f"data.sources[0] is not valid; got: 'a'; {A_LIST}"),
+        ("[{weight: 2}]", f"data.sources[0][path] is not valid; got: {{'weight': 2}}; {A_LIST}"),
+        ("[{path: a}, {path: b, weights: 2}]", f"data.sources[1][weights] is not valid; got: 2; {A_LIST}"),
+        *(
+            (f"[{{path: a}}, {{path: b, weight: {weight}}}]", f"data.sources[1][weight] is not valid; got: {shown}; ")
+            for weight, shown in (
+                (0, "0"),
+                (-1, "-1"),
+                (".inf", "inf"),
+                (".nan", "nan"),
+                ("'2'", "'2'"),
+                ("1e-9", "1e-09"),
+            )
+        ),
+        ("[{path: x/a}, {path: b}, {path: x/../x/a/}]", "data.sources names a folder twice; got: "),
+        ("[]", "data.path is required and missing, and so is data.sources; expected: one of them"),
+    ],
+)
+def test_mistakes_of_sources(make: Make, sources: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        make("--data.path=null", f"--data.sources={sources}")
+    assert len(caught.value.problems) == 1
+
+
+def test_path_and_sources_are_not_both_given(make: Make) -> None:
+    message = "are both given; got: some/data and 2 source(s); expected: one of them; do: leave one out, or add --data."
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make(f"--data.sources=[{SOURCES}]")
 
 
 def test_a_tilde_is_the_home_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

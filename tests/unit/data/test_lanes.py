@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.lanes import IGNORED_TARGET, Lanes, Segment, check_documents, deal
+from pipeline.data.deal import check_documents, deal
+from pipeline.data.lanes import IGNORED_TARGET, Lanes, Segment
 from pipeline.errors import DataError
 
 
@@ -29,7 +30,7 @@ class Documents:
 def make(lengths, *, num_lanes=1, lanes=None, segment_tokens=4, seed=7, context_tokens=0):
     chosen = range(num_lanes) if lanes is None else lanes
     return Lanes(
-        Documents(lengths),
+        [Documents(lengths)],
         num_lanes=num_lanes,
         lanes=chosen,
         segment_tokens=segment_tokens,
@@ -134,9 +135,9 @@ def test_skipping_equals_reading_and_reads_no_token(job, before, skipped):
         read.next_segment()
     for _ in range(before):
         skipping.next_segment()
-    num_read = skipping._rows[0]._source.num_read
+    num_read = skipping._rows[0]._sources[0].num_read
     skipping.skip(skipped)
-    assert skipping._rows[0]._source.num_read == num_read
+    assert skipping._rows[0]._sources[0].num_read == num_read
     assert skipping.state_dict() == read.state_dict()
     assert_equal(skipping.next_segment(), read.next_segment())
 
@@ -148,7 +149,7 @@ def test_going_back_is_undone_by_reading_again_and_reads_no_token(job, before, b
     lanes, unbroken = make(**job), make(**job)
     lanes.skip(before)
     lanes.skip(-back)
-    assert lanes._rows[0]._source.num_read == 0
+    assert lanes._rows[0]._sources[0].num_read == 0
     for _ in range(before - back):
         unbroken.next_segment()
     assert lanes.index == before - back
@@ -240,14 +241,14 @@ def test_more_lanes_than_documents_is_an_error():
     with pytest.raises(DataError, match=message):
         make([5, 6], num_lanes=3)
     with pytest.raises(DataError, match=message):
-        check_documents(Documents([5, 6]), chunk_size=4, num_lanes=3)
+        check_documents(np.array([5, 6]), name="data/books", chunk_size=4, num_lanes=3)
 
 
 def test_documents_shorter_than_a_chunk_are_an_error():
-    check_documents(Documents([4, 9]), chunk_size=4, num_lanes=2)
-    message = "2 of 3 documents are shorter than a chunk.*shortest has 1 tokens.*--min-tokens 4"
+    check_documents(np.array([4, 9]), name="data/books", chunk_size=4, num_lanes=2)
+    message = "2 of 3 documents are shorter than a chunk.*data/books, the shortest has 1 tokens.*--min-tokens 4"
     with pytest.raises(DataError, match=message):
-        check_documents(Documents([3, 9, 1]), chunk_size=4, num_lanes=1)
+        check_documents(np.array([3, 9, 1]), name="data/books", chunk_size=4, num_lanes=1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pipeline.data.held_out import held_out_documents
+from pipeline.data.held_out import held_out_documents, with_split
 from pipeline.data.store import STORE_FEATURES, TokenStore, add_hashes, check_tokenizer, write_store
 from pipeline.data.tokenizer import TokenizerInfo
 from pipeline.errors import DataError
@@ -328,19 +328,47 @@ def test_another_tokenizer_is_an_error_that_names_both(folder, tmp_path):
         check_tokenizer(store, other)
 
 
+def numbers(stores, count, min_tokens):
+    return [one.number for one in held_out_documents(stores, count=count, min_tokens=min_tokens)]
+
+
 def test_held_out_documents_are_long_enough_and_a_larger_count_keeps_a_smallers(folder, caplog):
-    store = TokenStore.open(folder)
-    assert held_out_documents(store, count=9, min_tokens=3) == [0, 2, 3]
+    stores = [TokenStore.open(folder)]
+    assert numbers(stores, 9, 3) == [0, 2, 3]
     assert "only 3 of 9 documents" in caplog.text
-    assert held_out_documents(store, count=1, min_tokens=5) in ([2], [3])
-    chosen = [set(held_out_documents(store, count=count, min_tokens=1)) for count in (1, 2, 3, 4)]
+    assert numbers(stores, 1, 5) in ([2], [3])
+    chosen = [set(numbers(stores, count, 1)) for count in (1, 2, 3, 4)]
     assert [len(documents) for documents in chosen] == [1, 2, 3, 4]
     assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
 
 
+def test_held_out_documents_of_several_stores_are_taken_in_turn(folder, tmp_path, caplog):
+    other = tmp_path / "other"
+    write_store(other, {"train": rows([[1] * 5, [2] * 6])}, tokenizer=TOKENIZER)
+    stores = [TokenStore.open(folder), TokenStore.open(other)]
+    found = held_out_documents(stores, count=3, min_tokens=3)
+    # Two of the first store, which has five documents, one of the second.
+    assert [one.store for one in found] == [stores[0], stores[0], stores[1]]
+    assert all(one.number == one.document for one in found[:2]) and found[2].number == 5 + found[2].document
+    assert {number for number in numbers(stores, 3, 3) if number < 5} == set(numbers(stores[:1], 2, 3))
+    assert set(numbers(stores, 9, 3)) == {0, 2, 3, 5, 6}
+    assert not [record for record in caplog.records if "none is evaluated" in record.message]
+    assert all(number < 5 for number in numbers(stores, 2, 7))
+    assert f"no held-out document of {other} has 7 tokens: none is evaluated" in caplog.text
+
+
+def test_stores_without_a_split_are_named(folder, tmp_path, caplog):
+    other = tmp_path / "other"
+    write_store(other, {"train": rows([[1] * 5])}, tokenizer=TOKENIZER)
+    assert with_split([str(other), str(folder)], "validation") == [str(folder)]
+    assert f"{other} has no validation split: there will be no held-out evaluation" in caplog.text
+    with pytest.raises(DataError, match="store does not exist"):
+        with_split([str(folder), str(tmp_path / "nowhere")], "validation")
+
+
 def test_held_out_documents_all_too_short_is_an_error(folder):
     with pytest.raises(DataError, match="the longest of 5 has 16 tokens; expected: 17 tokens.*context_tokens"):
-        held_out_documents(TokenStore.open(folder), count=1, min_tokens=17)
+        held_out_documents([TokenStore.open(folder)], count=1, min_tokens=17)
 
 
 @pytest.mark.parametrize("harm", ["touched", "rewritten", "gone"])

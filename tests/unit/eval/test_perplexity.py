@@ -91,7 +91,7 @@ def by_document(scored):
 @pytest.fixture(scope="module")
 def scored(parts, store):
     config = config_for()
-    return by_document(score(LongMem(config.model, *parts), store, config, group=group_of_one()))
+    return by_document(score(LongMem(config.model, *parts), [store], config, group=group_of_one()))
 
 
 def encodings(model, store, document) -> list[tuple[int, torch.Tensor, Encoding]]:
@@ -127,6 +127,17 @@ def test_the_documents_that_are_long_enough_are_scored_whole(scored):
         assert (one.losses["memory_on"][one.counts == 0] == 0).all()
 
 
+def test_documents_of_several_stores_are_scored_each_with_a_number_of_its_own(make, store, scored, tmp_path):
+    random = np.random.default_rng(5)
+    other = save(tmp_path / "other", [random.integers(1, VOCABULARY, length).tolist() for length in (20, 50, 41)])
+    config, model = make(documents=4)
+    found = by_document(score(model, [store, other], config, group=group_of_one()))
+    assert len(found) == 4 and set(found) & {7, 8} == {7, 8}  # in turn: two of each, counted through both
+    for number, one in found.items():
+        own = loop(model, *((other, number - 6, number - 6) if number > 5 else (store, number, number)))
+        np.testing.assert_allclose(one.losses["memory_on"], own, atol=TOLERANCE)
+
+
 def test_backbone_alone_is_the_model_of_transformers(scored, store):
     model = tiny_model("llama")
     for document in DOCUMENTS:
@@ -143,7 +154,7 @@ def test_backbone_alone_is_the_model_of_transformers(scored, store):
 @pytest.mark.parametrize("window", [None, 40, 33, 20, 0])
 def test_the_longest_window_is_the_model_of_transformers_with_all_before_a_token(make, store, window):
     config, model = make(backbone_window_tokens=window)
-    found = by_document(score(model, store, config, group=group_of_one()))
+    found = by_document(score(model, [store], config, group=group_of_one()))
     if window == 0:
         assert all("longest_window" not in one.losses for one in found.values())
         return
@@ -167,7 +178,7 @@ def test_another_memory_leaves_a_row_its_own_window(make, store):
     losses = {}
     for window in (8, 32):
         config, model = make(memory={"window_tokens": window, "sink": True}, left=5)
-        losses[window] = by_document(score(model, store, config, group=group_of_one()))
+        losses[window] = by_document(score(model, [store], config, group=group_of_one()))
         assert tuple(losses[window][0].losses) == CONDITIONS
     for document in DOCUMENTS:
         all_of_it, some = losses[32][document].losses, losses[8][document].losses
@@ -192,7 +203,7 @@ def test_without_memory_an_untrained_sidenet_is_the_backbone(scored):
 @pytest.mark.parametrize("scope", ["lane", "document", "group"])
 def test_conditions_with_memory_equal_a_loop_over_single_documents(make, store, scope):
     config, model = make(scope=scope)
-    found = by_document(score(model, store, config, group=group_of_one()))
+    found = by_document(score(model, [store], config, group=group_of_one()))
     for document in DOCUMENTS:
         own = loop(model, store, document, document)
         other = loop(model, store, document, PARTNERS[document])
@@ -208,7 +219,7 @@ def test_memory_of_an_identical_document_is_as_good_as_its_own(make, tmp_path):
     tokens = np.random.default_rng(1).integers(1, VOCABULARY, (2, 41)).tolist()
     config, model = make()
     twins, strangers = (
-        evaluate(model, save(tmp_path / name, documents), config, group=group_of_one())
+        evaluate(model, [save(tmp_path / name, documents)], config, group=group_of_one())
         for name, documents in (("twins", [tokens[0], tokens[0]]), ("strangers", tokens))
     )
     assert abs(twins.differences[2].loss_nats) < TOLERANCE
@@ -217,7 +228,7 @@ def test_memory_of_an_identical_document_is_as_good_as_its_own(make, tmp_path):
 
 def test_only_the_memory_that_the_settings_allow_is_read(make, store, scored):
     config, model = make(memory_tokens=8)
-    short = by_document(score(model, store, config, group=group_of_one()))
+    short = by_document(score(model, [store], config, group=group_of_one()))
     for document in DOCUMENTS:
         np.testing.assert_allclose(
             short[document].losses["memory_on"], loop(model, store, document, document), atol=TOLERANCE
@@ -227,7 +238,7 @@ def test_only_the_memory_that_the_settings_allow_is_read(make, store, scored):
 
 def test_without_context_the_first_segment_has_no_memory(make, store):
     config, model = make(context_tokens=0)
-    one = score(model, store, config, group=group_of_one())[0]
+    one = score(model, [store], config, group=group_of_one())[0]
     first, second = one.losses["memory_on"] - one.losses["memory_off"], slice(SEGMENT, None)
     assert abs(first[:SEGMENT]).max() < TOLERANCE < abs(first[second]).max()
 
@@ -240,7 +251,7 @@ def test_evaluating_changes_nothing_that_training_has(make, store):
     tensors = {**in_slot_order(bank), **model.sidenet.state_dict(), **model.backbone.state_dict()}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     random = torch.get_rng_state()
-    evaluate(model, store, config, group=group_of_one())
+    evaluate(model, [store], config, group=group_of_one())
     after = {**in_slot_order(bank), **model.sidenet.state_dict(), **model.backbone.state_dict()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -251,7 +262,7 @@ def test_evaluating_changes_nothing_that_training_has(make, store):
 def test_one_document_has_no_other_to_borrow_from(make, store, caplog):
     config, model = make(documents=1)
     with caplog.at_level(logging.WARNING):
-        report = evaluate(model, store, config, group=group_of_one())
+        report = evaluate(model, [store], config, group=group_of_one())
     assert "only one held-out document" in caplog.text
     assert tuple(report.conditions) == ("backbone", "memory_off", "memory_on", "longest_window")
     assert len(report.differences) == 3
@@ -260,13 +271,13 @@ def test_one_document_has_no_other_to_borrow_from(make, store, caplog):
 
 def test_without_memory_only_what_needs_none_is_scored(make, store):
     config, model = make(enabled=False)
-    report = evaluate(model, store, config, group=group_of_one())
+    report = evaluate(model, [store], config, group=group_of_one())
     assert tuple(report.conditions) == ("backbone", "memory_off", "longest_window") and report.differences == []
 
 
 def test_conditions_can_be_chosen(make, store, scored):
     config, model = make()
-    report = evaluate(model, store, config, group=group_of_one(), conditions=["memory_on"])
+    report = evaluate(model, [store], config, group=group_of_one(), conditions=["memory_on"])
     assert tuple(report.conditions) == ("memory_on",)
     expected = sum(one.losses["memory_on"].sum() for one in scored.values()) / (5 * SCORED - 1)
     assert report.conditions["memory_on"].loss_nats == pytest.approx(expected, abs=TOLERANCE)
@@ -274,9 +285,9 @@ def test_conditions_can_be_chosen(make, store, scored):
 
 def test_progress_counts_every_item(make, store, capsys):
     config, model = make()
-    evaluate(model, store, config, group=group_of_one(), conditions=["backbone"])
+    evaluate(model, [store], config, group=group_of_one(), conditions=["backbone"])
     assert capsys.readouterr().err == ""
-    evaluate(model, store, config, group=group_of_one(), conditions=["backbone"], progress=True)
+    evaluate(model, [store], config, group=group_of_one(), conditions=["backbone"], progress=True)
     assert "2/2" in capsys.readouterr().err  # four documents, and the fifth one with one that lends
 
 
@@ -287,10 +298,10 @@ def test_tokens_that_are_not_whole_segments_are_refused_before_any_work(make, st
         match=r"(?s)evaluation.context_tokens is not a multiple of train.segment_tokens; got: 12 and 8; "
         r"do: set evaluation.context_tokens to 8 or 16\n.*evaluation.scored_tokens .* to 8$",
     ):
-        evaluate(model, store, config, group=group_of_one())
+        evaluate(model, [store], config, group=group_of_one())
 
 
 def test_too_short_documents_are_refused(make, store):
     config, model = make(context_tokens=800)
     with pytest.raises(DataError, match="no document of the split 'validation' is long enough"):
-        evaluate(model, store, config, group=group_of_one())
+        evaluate(model, [store], config, group=group_of_one())

@@ -10,6 +10,7 @@ import pytest
 from eval.runner import EvaluationError
 from eval.scorer import BACKBONE, CONDITIONS, LONGEST_WINDOW, MEMORY_ON, OTHER_MEMORY
 from eval.task import Given
+from eval.tasks.perplexity import Perplexity, PerplexityOptions
 from eval.tasks.recall.passkey import (
     GARBAGE,
     LARGEST_KEY,
@@ -21,8 +22,9 @@ from eval.tasks.recall.passkey import (
     keys,
     most_digits,
 )
-from eval.tasks.recall.read_again import GENERATED, made_up, of_store, place_of_second, read_once, read_twice
+from eval.tasks.recall.read_again import GENERATED, made_up, of_stores, place_of_second, read_once, read_twice
 from eval.tasks.recall.task import Recall, RecallOptions
+from pipeline.config.schema import DataConfig
 from pipeline.data.store import TokenStore
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
@@ -270,7 +272,7 @@ class TestReadAgain:
 
     def test_passages_are_held_out_and_stand_nowhere_in_the_filler(self, tiny_run):
         store = TokenStore.open(tiny_run.data, "validation")
-        source = of_store(store, num_passages=6, passage_tokens=16, filler_tokens=1000)
+        source = of_stores([store], num_passages=6, passage_tokens=16, filler_tokens=1000)
         halves = [length // 2 for length in VALIDATION_TOKENS]
         assert source.filler.tolist() == [
             token for document, half in enumerate(halves) for token in store.tokens(document, 0, half)
@@ -279,7 +281,23 @@ class TestReadAgain:
         expected = [(0, 40), (1, 50), (2, 32), (0, 56), (1, 66), (2, 48)]
         found = [passage.tolist() for passage in source.passages]
         assert found == [store.tokens(document, at, at + 16).tolist() for document, at in expected]
-        assert len(of_store(store, num_passages=1, passage_tokens=16, filler_tokens=50).filler) == 50
+        assert len(of_stores([store], num_passages=1, passage_tokens=16, filler_tokens=50).filler) == 50
+
+    def test_passages_of_several_stores_are_taken_in_turn(self, make, given, tiny_run):
+        stores = [TokenStore.open(path, "validation") for path in (tiny_run.data, tiny_run.more)]
+        source = of_stores(stores, num_passages=4, passage_tokens=16, filler_tokens=100)
+        expected = [(0, 0, 40), (1, 0, 45), (0, 1, 50), (1, 1, 36)]
+        found = [passage.tolist() for passage in source.passages]
+        assert found == [stores[store].tokens(document, at, at + 16).tolist() for store, document, at in expected]
+        firsts = [stores[0].tokens(0, 0, 40), stores[1].tokens(0, 0, 45), stores[0].tokens(1, 0, 15)]
+        assert source.filler.tolist() == np.concatenate(firsts).tolist()
+        mixed = DataConfig.model_validate({**tiny_run.mixture, "lanes": 1})
+        of_run = Given(given.tokenizer, given.config.model_copy(update={"data": mixed}), 128)
+        items = make(of_run, distances=(64,), passages=4, passage_tokens=16).items()
+        assert [tokens.tolist() for item in items for tokens in item.content.tokens] == found
+        items = Perplexity(PerplexityOptions(documents=4, context_tokens=32, scored_tokens=32), of_run).items()
+        scored = [one.number for item in items for one in item.content]
+        assert len(scored) == 4 and scored[2:] == [4, 5]  # the tiny run's first store has four documents
 
     def test_sentences_are_made_up_where_the_runs_text_cannot_be_used(self, make, given, tmp_path):
         options = {"distances": (64,), "passages": 2, "passage_tokens": 16}

@@ -146,6 +146,14 @@ def test_the_card_states_the_figures_of_the_run(exported):
     assert str(exported.parent) not in page, "a card goes to others"
 
 
+def test_the_card_names_the_sources_of_a_mixture_and_their_shares(backbone, tmp_path):
+    sources = ({"path": "/texts/books", "weight": 7}, {"path": "/texts/code"})
+    tiny = trained_longmem(backbone={"path": str(backbone)}, data={"path": None, "sources": sources, "lanes": 2})
+    export(save_checkpoints(tiny, tmp_path / "run"), tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| text | a mixture of the token stores `books` (87.5%), `code` (12.5%) |" in page and "/texts" not in page
+
+
 def test_the_code_of_the_card_runs(exported, backbone, monkeypatch):
     code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
     (exported.parent / "book.txt").write_text("It was a bright cold day in the harbour.")
@@ -310,6 +318,8 @@ def test_what_save_pretrained_wrote_is_read_without_a_run(tiny, exported, tmp_pa
     assert "not how it was trained: data.path is not known (add --data.path DIR" in caplog.text
     trained = read_trained(saved, ["--data.path", "/texts"])
     assert trained.config.model == tiny.config.model and trained.config.data.path == "/texts"
+    mixed = read_trained(saved, ["--data.sources=[{path: /texts/a}, {path: /texts/b}]"])
+    assert [source.path for source in mixed.config.data.mixture] == ["/texts/a", "/texts/b"]
     assert trained.config.train.steps == 7 and trained.backbone == identity(tiny_model("llama"))
 
 

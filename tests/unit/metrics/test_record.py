@@ -109,6 +109,7 @@ def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
 def test_tags_are_group_slash_name_unit() -> None:
     assert tag_of("loss") == "loss/train_nats"
     assert tag_of("phase_retrieve_read_s") == "phase/retrieve_read_s"
+    assert tag_of("source_books_fraction") == "source/books_fraction"
     assert tag_of("evaluation/loss_nats") == "evaluation/loss_nats"
     assert tag_of("skipped") == "step/skipped"
 

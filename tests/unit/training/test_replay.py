@@ -56,7 +56,7 @@ def test_what_can_be_seen_is_the_same(num_segments, place, scope, context_tokens
     train = {"segment_tokens": SEGMENT}
     backbone = {"context_tokens": context_tokens}
     tiny = TinyLongMem(tiny_model("llama"), memory=memory, train=train, sidenet=sidenet, backbone=backbone)
-    lanes = Lanes(Text(), num_lanes=4, lanes=(1, 3), segment_tokens=SEGMENT, seed=0, context_tokens=context_tokens)
+    lanes = Lanes([Text()], num_lanes=4, lanes=(1, 3), segment_tokens=SEGMENT, seed=0, context_tokens=context_tokens)
     bank = read(tiny, lanes, place, num_segments=num_segments)
     state, again = lanes.state_dict(), tiny.longmem.bank(2, group_size=place.size)
     again.next_slot = 3
