@@ -22,7 +22,7 @@ while (($#)); do
       [[ -n "$(find "$text" -name '*.txt' -print -quit)" ]] || { echo "quickstart: --text $2 has no .txt files" >&2; exit 2; }
       shift 2
       ;;
-    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' launch/quickstart.sh; exit 0 ;;
     *) overrides+=("$1"); shift ;;
   esac
 done

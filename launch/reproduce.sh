@@ -10,9 +10,11 @@
 #   --seeds "1 2 3"      one run each; by default these three
 #   --results DIR        where reports and plots are copied; by default docs/results
 #   --limit N|small      items of each evaluation, as launch/evaluate.py has it
+#   --backbone DIR       what launch/prepare_backbone.py made; by default it makes SmolLM2-135M-Instruct
+#   --work DIR           folder of data (.cache/longmem) and runs (runs); by default this one
 #
-# Every other option goes to launch/train.py. Data lies in .cache/longmem, runs in runs/. Begun again, it goes on where
-# it stopped: runs and evaluations that are finished are not done again.
+# Every other option goes to launch/train.py. Begun again, it goes on where it stopped: runs and evaluations that are
+# finished are not done again.
 set -euo pipefail
 here="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,7 +29,8 @@ path_of() { # NAME VALUE KIND: the absolute path of what an option names
   echo "$path"
 }
 
-recipe="" novels="" in_context="" squad="" chapterbreak="" seeds="1 2 3" results=docs/results overrides=() limit=()
+recipe="" novels="" in_context="" squad="" chapterbreak="" backbone="" work="$PWD"
+seeds="1 2 3" results=docs/results overrides=() limit=()
 while (($#)); do
   case "$1" in
     novels | code | icl | all) [[ -z "$recipe" ]] || fail "one recipe, or all: got $recipe and $1"; recipe="$1"; shift ;;
@@ -38,10 +41,12 @@ while (($#)); do
       ;;
     --squad) squad="$(path_of "$1" "${2:-}" -f)"; shift 2 ;;
     --chapterbreak) chapterbreak="$(path_of "$1" "${2:-}" -f)"; shift 2 ;;
+    --backbone) backbone="$(path_of "$1" "${2:-}" -d)"; shift 2 ;;
+    --work) work="$(path_of "$1" "${2:-}" -d)"; shift 2 ;;
     --seeds) seeds="${2:-}"; [[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds needs numbers, such as \"1 2 3\""; shift 2 ;;
     --results) results="$(cd "$here" && realpath -m -- "${2:?--results needs a folder}")"; shift 2 ;;
     --limit) limit=(--limit "${2:?--limit needs a number, or small}"); shift 2 ;;
-    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' launch/reproduce.sh; exit 0 ;;
     --*.*) overrides+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
     *) fail "unknown option $1; --help tells what there is" ;;
   esac
@@ -60,22 +65,21 @@ done
 bash launch/setup.sh
 export TOKENIZERS_PARALLELISM=false
 PATH="$PWD/.venv/bin:$PATH"
-cache=.cache/longmem
-backbone=$cache/smollm2-135m
+cache="$work/.cache/longmem"
 ranks=2 # as launch/quickstart.sh
 [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 1 ]] && ranks=1
 cores="$(nproc)"
 
 store() { # NAME COMMAND...: a token store, if it is not there
-  if [[ -f $cache/$1/store.json ]]; then echo "$cache/$1 is there"; else "${@:2}" --tokenizer $backbone --output "$cache/$1"; fi
+  if [[ -f "$cache/$1/store.json" ]]; then echo "$cache/$1 is there"; else "${@:2}" --tokenizer "$backbone" --output "$cache/$1"; fi
 }
 books() { store novels-data python launch/prepare_data.py "$novels/train" --validation "$novels/validation"; }
 prepare() {
   case "$1" in
     novels) books ;;
     code)
-      [[ -d $cache/python-library ]] || python tools/collect_stdlib.py --output $cache/python-library
-      store code-data python launch/prepare_data.py $cache/python-library --validation-documents 16
+      [[ -d "$cache/python-library" ]] || python tools/collect_stdlib.py --output "$cache/python-library"
+      store code-data python launch/prepare_data.py "$cache/python-library" --validation-documents 16
       ;;
     icl)
       books
@@ -88,18 +92,20 @@ prepare() {
 first_article() { python -c 'import json, sys; print(json.load(open(sys.argv[1], encoding="utf-8"))["data"][0]["title"])' "$squad"; }
 
 train() { # RUN RECIPE SEED
-  local port
+  local port sources=(--data.path "$cache/$2-data")
+  [[ "$2" != icl ]] || sources=(--data.sources "[{path: '$cache/icl-data'}, {path: '$cache/novels-data'}]")
   port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
   OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}" \
     deepspeed --num_gpus "$ranks" --master_port "$port" launch/train.py --config "configs/$2.yaml" \
-    --run.output_dir "$1" --run.seed "$3" "${overrides[@]}"
+    --backbone.path "$backbone" "${sources[@]}" --run.output_dir "$1" --run.seed "$3" "${overrides[@]}"
 }
 evaluate() { # RUN TASK OPTIONS...
   OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}" python launch/evaluate.py --model "$1" --task "$2" "${limit[@]}" "${@:3}"
 }
-measure() { # RUN RECIPE: every task that its recipe is about; one evaluation for each size of memory
-  local large=(--memory.tokens 65536)
-  evaluate "$1" perplexity "${large[@]}" --memory-tokens 0,1024,4096,16384
+measure() { # RUN RECIPE: every task that its recipe is about
+  local large=(--memory.tokens 65536) far=()
+  [[ "$2" != novels || "${limit[*]}" == *small ]] || far=(--perplexity.context_tokens 65536)
+  evaluate "$1" perplexity "${large[@]}" "${far[@]}" --memory-tokens 0,1024,4096,16384
   case "$2" in
     novels)
       evaluate "$1" recall "${large[@]}"
@@ -114,13 +120,16 @@ measure() { # RUN RECIPE: every task that its recipe is about; one evaluation fo
   esac
 }
 
-say "backbone: SmolLM2-135M-Instruct"
-python launch/prepare_backbone.py --output $backbone
+if [[ -z "$backbone" ]]; then
+  say "backbone: SmolLM2-135M-Instruct"
+  backbone="$cache/smollm2-135m"
+  python launch/prepare_backbone.py --output "$backbone"
+fi
 for name in "${wanted[@]}"; do
   say "$name: data"
   prepare "$name"
   for seed in $seeds; do
-    run="runs/$name-$seed"
+    run="$work/runs/$name-$seed"
     say "$name, seed $seed: training"
     train "$run" "$name" "$seed"
     say "$name, seed $seed: evaluation"

@@ -25,7 +25,7 @@ for argument in "$@"; do
   case "$argument" in
     --dev) dev=true ;;
     --gpu) gpu=true ;;
-    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' launch/setup.sh; exit 0 ;;
     *) fail "unknown option $argument" "expected: --dev, --gpu" ;;
   esac
 done
