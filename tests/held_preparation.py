@@ -17,8 +17,9 @@ TIMEOUT_S = 120
 
 # A place is a function that says that it is there, and waits for the end of a pipe.
 _SCRIPT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup
 place, reached, go_on = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 from launch.prepare_data import main
 from pipeline.data import place as places, prepare
