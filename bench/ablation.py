@@ -1,12 +1,11 @@
 """Short runs of one configuration, each with some settings changed, and the table of what they reached.
 
     python bench/ablation.py --config configs/novels.yaml --rows bench/ablation/novels.yaml --output runs/ablation \
-        [--only NAME ...] [--section.key value ...]
+        --train.steps 40 [--only NAME ...] [--section.key value ...]
 
 The rows are a YAML file: a name to the settings that differ, `{section.key: value}`; further `--section.key value` hold
 for all of them. Each row is one `launch/train.py` on one process, in a folder of its own under `--output`; begun again,
-what is finished is not run again and what was cut off goes on. Each row is scored on the same tokens, so that
-differences between rows are paired by document.
+what is finished is not run again and what was cut off goes on. Each row is scored on the same tokens.
 """
 
 from __future__ import annotations

@@ -48,10 +48,16 @@ def labelled_sources(
     for name in names:
         pool = pool_of(found[name], refuse=False)
         pools[name] = [one for one in pool.examples if as_compared_over_sets(one.text) not in tested]
+        if not pools[name]:
+            raise EvaluationError(
+                f"nothing is left of {name} to train on",
+                got=f"{len(pool.examples)} sentences, all of them test items of a set in the data",
+                do=f"leave {name} out of --sets",
+            )
         if also := len(pool.examples) - len(pools[name]):
             logger.info("%s: %d more are test items of other sets, or in other writing, and were left out", name, also)
     apart = _chosen((as_compared_over_sets(one.text) for left in pools.values() for one in left), held_out, seed)
-    splits: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: []} if apart else {TRAIN: []}
+    splits: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: []} if held_out else {TRAIN: []}
     for split, sources in splits.items():
         for name, left in pools.items():
             own = [one for one in left if (as_compared_over_sets(one.text) in apart) == (split == VALIDATION)]
@@ -103,7 +109,7 @@ def squad_sources(
         )
     apart = _chosen((as_compared(one.text) for one in left), held_out, seed)
     splits: dict[str, list[Answered]] = {}
-    for split in (TRAIN, VALIDATION) if apart else (TRAIN,):
+    for split in (TRAIN, VALIDATION) if held_out else (TRAIN,):
         own = [one for one in left if (as_compared(one.text) in apart) == (split == VALIDATION)]
         splits[split] = [Answered(demonstrations_of(own), passages_first)]
     return splits

@@ -47,6 +47,9 @@ while (($#)); do
     --results) results="$(cd "$here" && realpath -m -- "${2:?--results needs a folder}")"; shift 2 ;;
     --limit) limit=(--limit "${2:?--limit needs a number, or small}"); shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' launch/reproduce.sh; exit 0 ;;
+    --run.output_dir* | --run.seed* | --backbone.path* | --data.path* | --data.sources*)
+      fail "$1 is set here: see --work, --seeds and --backbone"
+      ;;
     --*.*) overrides+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
     *) fail "unknown option $1; --help tells what there is" ;;
   esac
@@ -71,7 +74,16 @@ ranks=2 # as launch/quickstart.sh
 cores="$(nproc)"
 
 store() { # NAME COMMAND...: a token store, if it is not there
-  if [[ -f "$cache/$1/store.json" ]]; then echo "$cache/$1 is there"; else "${@:2}" --tokenizer "$backbone" --output "$cache/$1"; fi
+  local made="$cache/$1.made" asked="${*:2} --tokenizer $backbone"
+  if [[ ! -f "$cache/$1/store.json" ]]; then
+    mkdir -p "$cache"
+    echo "$asked" > "$made"
+    "${@:2}" --tokenizer "$backbone" --output "$cache/$1"
+  elif [[ "$(cat "$made" 2>/dev/null)" == "$asked" ]]; then
+    echo "$cache/$1 is there"
+  else
+    fail "$cache/$1 was made of other data: remove it and the runs of it, or give another --work"
+  fi
 }
 books() { store novels-data python launch/prepare_data.py "$novels/train" --validation "$novels/validation"; }
 prepare() {
@@ -89,7 +101,12 @@ prepare() {
       ;;
   esac
 }
-first_article() { python -c 'import json, sys; print(json.load(open(sys.argv[1], encoding="utf-8"))["data"][0]["title"])' "$squad"; }
+first_article() { # [--as-list]: its title, which may hold commas
+  python -c 'if True:
+    import json, sys
+    title = json.load(open(sys.argv[1], encoding="utf-8"))["data"][0]["title"]
+    print(json.dumps([title]) if sys.argv[2:] else title)' "$squad" "$@"
+}
 
 train() { # RUN RECIPE SEED
   local port sources=(--data.path "$cache/$2-data")
@@ -115,7 +132,7 @@ measure() { # RUN RECIPE: every task that its recipe is about
     icl)
       evaluate "$1" in_context "${large[@]}" --data "in_context=$in_context"
       [[ -z "$squad" ]] ||
-        evaluate "$1" squad "${large[@]}" --data "squad=$squad" --squad.leave_out "$(first_article)"
+        evaluate "$1" squad "${large[@]}" --data "squad=$squad" --squad.leave_out "$(first_article --as-list)"
       ;;
   esac
 }
@@ -135,7 +152,9 @@ for name in "${wanted[@]}"; do
     say "$name, seed $seed: evaluation"
     measure "$run" "$name"
     mkdir -p "$results/$name-$seed"
-    cp "$run"/evaluation/report.md "$run"/evaluation/*.png "$results/$name-$seed/"
+    cp "$run"/evaluation/*.png "$results/$name-$seed/"
+    # What lies on this machine is nobody's business: names without their folders.
+    sed -E 's#(^|[ :(`])/[^ )`]*/#\1#g' "$run/evaluation/report.md" > "$results/$name-$seed/report.md"
   done
 done
 say "reports and plots: $results"

@@ -8,6 +8,7 @@ What needs two fields at once is in `rules.py`; what needs the world size in `wo
 
 from __future__ import annotations
 
+from fractions import Fraction as Exact
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -113,8 +114,9 @@ class DataConfig(Section):
         names = [PurePath(source.path).name for source in self.mixture]
         if len(set(names)) < len(names):
             names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
-        total = sum(source.weight for source in self.mixture)
-        return {name: source.weight / total for name, source in zip(names, self.mixture, strict=True)}
+        # As written, in decimals: 3 and 1 are to give the very shares of 0.3 and 0.1.
+        weights = [Exact(repr(source.weight)) for source in self.mixture]
+        return {name: float(weight / sum(weights)) for name, weight in zip(names, weights, strict=True)}
 
 
 class TrainConfig(Section):

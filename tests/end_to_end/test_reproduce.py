@@ -61,12 +61,22 @@ def test_a_recipe_is_trained_and_evaluated_and_not_twice(tmp_path: Path) -> None
     tasks = json.loads((run / "evaluation" / "report.json").read_text("utf-8"))["tasks"]
     assert set(tasks) == {"perplexity", "recall"}
     published = {path.name: path.read_bytes() for path in (results / "novels-7").iterdir()}
-    assert {"report.md", "perplexity-place.png", "recall-passkey-memory_on.png"} <= set(published)
+    assert {"report.md", "perplexity-by-memory.png", "recall-passkey-memory_on.png"} <= set(published)
     assert b"memory of 16,384" in published["report.md"]
+    assert str(tmp_path).encode() not in published["report.md"]
+    made = {
+        path: path.stat().st_mtime_ns
+        for path in sorted(work.rglob("group*.jsonl")) + sorted(work.rglob("manifest.json"))
+    }
+    assert len(made) >= 3
     again = started(*command)
     assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-4000:]
     assert len(read_metrics(run)) == 2
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     assert {path.name: path.read_bytes() for path in (results / "novels-7").iterdir()} == published
+    other = write_books(tmp_path / "other")
+    refused = started(*[str(other) if word == str(books) else word for word in command])
+    assert refused.returncode == 2 and "novels-data was made of other data" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,7 @@ def test_a_recipe_is_trained_and_evaluated_and_not_twice(tmp_path: Path) -> None
         (["poems"], "unknown option poems"),
         (["code", "--seeds", "one"], '--seeds needs numbers, such as "1 2 3"'),
         (["code", "--train.steps"], "--train.steps needs a value"),
+        (["code", "--run.seed", "3"], "--run.seed is set here: see --work, --seeds and --backbone"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_made(arguments: list[str], words: str, tmp_path: Path) -> None:

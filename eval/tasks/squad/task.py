@@ -41,7 +41,7 @@ class SquadOptions(TaskOptions):
     unanswerable: Literal["asked", "left_out"] = "asked"
     """What is done with questions of version 2.0 that have no answer, in demonstrations too."""
     leave_out: tuple[str, ...] = ()
-    """Titles of articles of the file that the model was trained on: they are neither asked about nor shown."""
+    """Titles of articles that the model was trained on, which are neither asked about nor shown."""
     seeds: Numbers = (1,)
     """Of the draws of demonstrations."""
     answer_tokens: Count = 32
@@ -152,6 +152,7 @@ class Squad(Task[SquadOptions]):
         apart = order[: -(-len(own) // KEPT_APART)] if len(self.options.data) == 1 else []
         tested = [(number, own[number]) for number in order if number not in set(apart)]
         shown = [own[number] for number in apart] if apart else self._read(self.options.data[1])
+        shown = [one for one in shown if one.title not in self.options.leave_out]
         texts = {as_compared(passage.text) for _, passage in tested}
         left = [passage for passage in shown if as_compared(passage.text) not in texts]
         if not tested or not left:
@@ -165,6 +166,12 @@ class Squad(Task[SquadOptions]):
 
     def _read(self, path: str, leave_out: Sequence[str] = ()) -> list[Passage]:
         passages = without_articles(read_passages(path), leave_out)
+        if not passages:
+            raise EvaluationError(
+                f"{path}: no article is left to ask about",
+                got=f"--squad.leave_out {', '.join(leave_out)}",
+                do="leave out fewer, or give a file of other articles",
+            )
         if self.options.unanswerable == "asked":
             return passages
         kept = answerable(passages)

@@ -66,6 +66,11 @@ def test_a_mixture_is_given_by_file_or_command_line_and_a_path_is_one_source(mak
     again = load_config(path)
     assert [source.weight for source in again.data.mixture] == [1.0, 0.1]
     assert list(again.data.shares) == ["1_a", "2_a"]
+    whole, decimals = (
+        f"[{{path: a, weight: {first}}}, {{path: b, weight: {other}}}]" for first, other in ((3, 1), (0.3, 0.1))
+    )
+    sources = [make("--data.path=null", f"--data.sources={text}").data for text in (whole, decimals)]
+    assert sources[0].shares == sources[1].shares == {"a": 0.75, "b": 0.25}
     one = make("--data.path", "2024").data
     assert [(source.path, source.weight) for source in one.mixture] == [("2024", 1.0)] and one.shares == {"2024": 1.0}
 

@@ -288,6 +288,21 @@ def test_evaluation_leaves_out_the_articles_that_were_trained_on(given, ships):
     assert len(asked) == 3 and not asked & {one.passage.text for one in source.demonstrations}
     with pytest.raises(DataError, match="there is no article 'new'"):
         Squad(SquadOptions(data=(ships,), leave_out=("new",)), given).items()
+    with pytest.raises(EvaluationError, match="no article is left to ask about; got: --squad.leave_out New, Old"):
+        Squad(SquadOptions(data=(ships,), leave_out=("New", "Old")), given).items()
+    both = Squad(SquadOptions(data=(ships, ships), leave_out=("New",)), given)
+    with pytest.raises(EvaluationError, match="3 passages asked about, 3 for demonstrations, 0 of them others"):
+        both.items()
+
+
+def test_a_split_without_sentences_is_said_in_words(given, data, tmp_path):
+    splits = labelled_sources(data, ["MR"], held_out=1e-12, seed=1)
+    with pytest.raises(EvaluationError, match="too few demonstrations; got: 0 of the 0 for validation"):
+        list(documents(given.tokens, splits[VALIDATION], WANTED, VALIDATION))
+    write_set(tmp_path / "all", "MR", EXAMPLES[:5], [("a film", 1)])
+    write_set(tmp_path / "all", "Subj", [("you", 1)], EXAMPLES[:5])
+    with pytest.raises(EvaluationError, match="nothing is left of MR to train on; got: 5 sentences, all of them test"):
+        labelled_sources([str(tmp_path / "all")], ["MR"], held_out=0.2, seed=1)
 
 
 def test_documents_that_cannot_be_made(given, caplog):
