@@ -2,6 +2,7 @@
 
     python bench/generate.py --model EXPORT [--past 1024 8192 65536] [--tokens 16] [--rounds 3] [--threads 2]
     python bench/generate.py --stream 100000     # a tiny random model writes on and on: time a token, and space
+    python bench/generate.py --untrained BACKBONE    # whether a SideNet nobody trained writes what its backbone does
 
 Of each past: seconds until the first token (reading it), tokens a second after it (both models in turns, medians), and
 bytes that are kept. The past is random tokens. LongMem reads all of it. Full attention reads up to `--whole` tokens; of
@@ -27,13 +28,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "active")
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig
 
 from pipeline.config.model import ModelSettings
 from pipeline.face import LongMemCache, LongMemConfig, LongMemForCausalLM
 
 PIECE = 512  # tokens that full attention reads at once
 PLACES = 5  # of a past that is not read whole
+PROMPTS = ("It was the best of times, it was the worst of times,", "def fibonacci(n):\n", "The harbour lay quiet under")
 
 
 class Read(NamedTuple):
@@ -156,6 +158,25 @@ def stream(num_tokens: int, *, parts: int = 10) -> None:
         print("| " + " | ".join([*cells, f"{resident_mib():.0f}"]) + " |", flush=True)
 
 
+@torch.no_grad()
+def untrained(backbone: str, *, num_tokens: int = 40) -> None:
+    """Tokens of the backbone and of a LongMem over it without memory: greedy and by beams, one row and three."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(backbone, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    settings = ModelSettings.model_validate({"sidenet": {"layout": "top"}, "segment_tokens": 256})
+    config = LongMemConfig(causal_lm.config, settings.model_dump(mode="json"), backbone_name=backbone)
+    model = LongMemForCausalLM(config, causal_lm).eval()
+    for prompts in (PROMPTS[:1], PROMPTS):
+        given = tokenizer(list(prompts), return_tensors="pt", padding=True)
+        for beams in (1, 3):
+            way = {"max_new_tokens": num_tokens, "num_beams": beams, "do_sample": False}
+            own, other = (
+                one.generate(**given, **way, pad_token_id=tokenizer.pad_token_id) for one in (causal_lm, model)
+            )
+            print(f"{len(prompts)} rows, {beams} beams: {'the same' if torch.equal(own, other) else 'other'} tokens")
+
+
 def resident_mib() -> float:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
@@ -170,13 +191,16 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=8192, help="the longest past that full attention reads whole")
     parser.add_argument("--memory-tokens", type=int, default=65536)
     parser.add_argument("--stream", type=int, help="tokens that a tiny random model writes; nothing else is measured")
+    parser.add_argument("--untrained", metavar="BACKBONE", help="its tokens against an untrained LongMem's; no times")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stream:
         return stream(options.stream)
+    if options.untrained:
+        return untrained(options.untrained)
     if not options.model:
-        parser.error("--model or --stream is needed")
+        parser.error("--model, --stream or --untrained is needed")
     settings = {"memory": {"tokens": options.memory_tokens}}
     model = LongMemForCausalLM.from_pretrained(options.model, settings=settings)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -11,6 +11,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from eval.demonstrations import Tokenize, demonstration, in_order
@@ -89,7 +90,7 @@ class Labelled:
             form = relabelled(form, kind, [*seed, 1])
             about += f", labels {kind}: {', '.join(form.labels)}"
         pieces = _fitting((demonstration(tokenize, form, one) for one in in_order(self.examples, seed)), room)
-        return Shown(_joined(reversed(pieces)), about, len(pieces))
+        return Shown(list(chain.from_iterable(reversed(pieces))), about, len(pieces))
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Answered:
         form, order = SquadForm(tokenize), in_order(self.demonstrations, seed)
         if not is_one_of(number, self.passages_first):
             pieces = _fitting(map(form.shown, order), room)
-            return Shown(_joined(reversed(pieces)), self.name, len(pieces))
+            return Shown(list(chain.from_iterable(reversed(pieces))), self.name, len(pieces))
         seen: set[str] = set()
 
         def with_new_passages() -> Iterator[list[int]]:
@@ -128,7 +129,7 @@ class Answered:
         read = {one.passage.text: form.passage(one.passage) for one in taken}
         first = in_order(list(read.values()), [*seed, 1])
         asked = [form.shown(one, with_passage=False) for one in reversed(taken)]
-        return Shown(_joined([*first, *asked]), f"{self.name}, passages first", len(taken))
+        return Shown(list(chain.from_iterable([*first, *asked])), f"{self.name}, passages first", len(taken))
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,3 @@ def _fitting(pieces: Iterable[list[int]], room: int) -> list[list[int]]:
             break
         taken.append(piece)
     return taken
-
-
-def _joined(pieces: Iterable[list[int]]) -> list[int]:
-    return [token for piece in pieces for token in piece]

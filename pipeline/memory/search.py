@@ -231,8 +231,8 @@ def _choose_of_alike(
     best.scatter_reduce_(-1, kinds.of_row.expand_as(scores), scores, "amax")
     most = int((best >= lowest[:, None]).sum(dim=-1).max())
     reached = best.topk(most, dim=-1, sorted=False).indices  # [n, most]
-    slots, at_once = kinds.firsts[reached] + run.start, max(1, scores.numel() // (most * queries.far.shape[-1]))
-    parts = zip(members.split(at_once), slots.split(at_once), strict=True)
+    slots, count = kinds.firsts[reached] + run.start, max(1, scores.numel() // (most * queries.far.shape[-1]))
+    parts = zip(members.split(count), slots.split(count), strict=True)
     exact = torch.cat([view.chunk_scores(queries, *part, near=run.near) for part in parts])
     keys = sort_keys(exact, torch.zeros_like(reached))
     of_kinds = keys.new_full(best.shape, EMPTY_KEY).scatter_(-1, reached, keys)
