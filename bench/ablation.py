@@ -3,9 +3,10 @@
     python bench/ablation.py --config configs/novels.yaml --rows bench/ablation/novels.yaml --output runs/ablation \
         --train.steps 40 [--only NAME ...] [--section.key value ...]
 
-The rows are a YAML file: a name to the settings that differ, `{section.key: value}`; further `--section.key value` hold
-for all of them. Each row is one `launch/train.py` on one process, in a folder of its own under `--output`; begun again,
-what is finished is not run again and what was cut off goes on. Each row is scored on the same tokens.
+The rows are a YAML file: a name to the settings that differ, `{section.key: value}`. Those of the row `base` hold for
+all rows, further `--section.key value` are laid over them, and a row's own over both. Each row is one `launch/train.py`
+on one process, in a folder of its own under `--output`; begun again, what is finished is not run again and what was cut
+off goes on. Each row is scored on the same tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +24,9 @@ CONDITIONS = ("memory_off", "window_only", "other_memory", "memory_on", "longest
 HEADS = ("off", "window only", "another's", "on", "longest window")
 
 
-def command(config: str, name: str, settings: dict[str, Any], output: Path, shared: list[str]) -> list[str]:
-    """The run of a row."""
-    own = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-    folder = ["--run.output_dir", str(output / name)]
-    return [sys.executable, "launch/train.py", "--config", config, *folder, *shared, *own]
+def words(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
 
 
 def row(name: str, settings: dict[str, Any], folder: Path) -> str:
@@ -61,9 +60,12 @@ def main() -> None:
     wanted = options.only or list(rows)
     if unknown := [name for name in wanted if name not in rows]:
         parser.error(f"{options.rows} has no row {', '.join(unknown)}; it has: {', '.join(rows)}")
+    base = words(rows.get("base") or {})
     for name in wanted:
-        settings = rows[name] or {}
-        subprocess.run(command(options.config, name, settings, options.output, shared), check=True)
+        folder = ["--run.output_dir", str(options.output / name)]
+        settings = [*base, *shared, *words(rows[name] or {} if name != "base" else {})]  # the last of a key counts
+        command = [sys.executable, "launch/train.py", "--config", options.config, *folder, *settings]
+        subprocess.run(command, check=True)
     heads = ["row", "settings", "seed", "tokens", "minutes", *HEADS, "on - window only, nats"]
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for name in wanted:

@@ -51,6 +51,8 @@ PROFILES = ("paper", "deep")
 class TextLane:
     """One lane of text, begun again when it ends; segments are numbered from where a bank ends."""
 
+    num_sources = 1
+
     def __init__(
         self, tokens: np.ndarray, segment_tokens: int, bank: MemoryBank | None, *, context_tokens: int
     ) -> None:

@@ -50,7 +50,7 @@ def follow(
     losses = reading.losses(on_read)
     for name, how in hows.items():
         if how.condition == LONGEST_WINDOW:
-            losses[name] = reading.with_longest_window(longest, on_read)
+            losses[name] = reading.with_longest_window(min(longest, how.window_tokens or longest), on_read)
     return {
         name: [row.numpy() for row in exchange.all_gather(of_rank, purpose="scores")().sum(dim=0).double().cpu()]
         for name, of_rank in losses.items()
@@ -109,7 +109,9 @@ class _Reading:
         return found
 
     def with_longest_window(self, longest: int, on_read: Callable[[int], None]) -> Tensor:
-        """Losses by the backbone alone with all that it can take before each token, float32 `[B, scored]`.
+        """Losses by the backbone alone with a window of so many tokens at most, float32 `[B, scored]`.
+
+        Where not everything fits, each segment has what fits before it: its last token sees the whole window.
 
         The ranks of a group share the rows; each reads as many, one at a time.
         """

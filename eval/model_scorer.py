@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from eval.batches import Batch, batches, most_tokens
+from eval.batches import Batch, Inputs, batches, most_tokens
 from eval.follow import follow
 from eval.scorer import (
     BACKBONE,
@@ -34,7 +34,6 @@ from eval.scorer import (
 from pipeline.distributed.groups import MemoryGroup
 from pipeline.memory.exchange import exchange_of
 from pipeline.model.longmem import LongMem
-from pipeline.model.loss import IGNORED
 from pipeline.model.opened import OpenSegment, rows_of_past
 from pipeline.model.stream import Context, Memory, Seen, Stream
 from pipeline.sidenet.past import SideNetPast
@@ -65,6 +64,23 @@ def longest_window(config: Any, wanted: int | None) -> int:
     return most if wanted is None else min(most, wanted)
 
 
+@dataclass
+class _Alike:
+    """What all texts of a call begin with alike, read once for all its passes.
+
+    Attributes:
+        opened: The segment that it opens.
+        seen: It.
+        read: By condition: input of the LM head `[1, shared, E]`, and what the SideNet keeps.
+        longest: What the backbone alone keeps with its longest window; and input of the LM head, if anything is alike.
+    """
+
+    opened: OpenSegment = field(default_factory=lambda: OpenSegment.empty(1))
+    seen: Seen | None = None
+    read: dict[str, tuple[Tensor, SideNetPast]] = field(default_factory=dict)
+    longest: tuple[DynamicCache, list[Tensor]] | None = None
+
+
 class ModelScorer:
     """A `Scorer` over a LongMem.
 
@@ -72,7 +88,7 @@ class ModelScorer:
         model: The model.
         group: This rank's memory group; None: this rank alone.
         longest: Tokens of the longest ordinary window; None: what the backbone was made for; 0: it is not tried.
-        tokens_at_once: Tokens of rows, context included, in one forward pass of a rank.
+        tokens_at_once: Tokens of texts, context included, in one forward pass of a rank.
         on_read: Is told after each forward pass how many tokens this rank has read in it.
     """
 
@@ -125,33 +141,20 @@ class ModelScorer:
         self, past: Past, rows: Sequence[Row], conditions: Sequence[str], *, lane: int = 0, other: int = 1
     ) -> dict[str, list[Losses]]:
         """As in `Scorer`."""
-        found: dict[str, list[Losses]] = {name: [] for name in conditions}
-        texts = [row.tokens for row in rows]
-        for part in self._batches(texts):
-            targets = part.targets(rows)
-            for name, hidden in self._hidden(past, part, conditions, lane, other, most_tokens(texts)):
-                found[name] += part.scored(self.model.losses(hidden, targets), rows, self.exchange)
-        return found
+        return self._scores(past, rows, conditions, lane, other, self._losses)
 
     @torch.no_grad()
     def likelihoods(
         self, past: Past, rows: Sequence[Row], condition: str, *, lane: int = 0, other: int = 1
     ) -> list[Likelihood]:
-        """As in `Scorer`; logits are made for the scored tokens only."""
-        found: list[Likelihood] = []
-        texts = [row.tokens for row in rows]
-        for part in self._batches(texts):
-            targets = part.targets(rows)
-            counted = targets != IGNORED
-            for _, hidden in self._hidden(past, part, [condition], lane, other, most_tokens(texts)):
-                wanted, right = hidden[counted], targets[counted]
-                values = torch.zeros(*targets.shape, 2, device=hidden.device)  # loss, and whether it is the likeliest
-                values[counted, 0] = self.model.losses(wanted[None], right[None])[0]
-                values[counted, 1] = (self.model.likeliest(wanted) == right).float()
-                found += [
-                    Likelihood(one[:, 0], bool(one[:, 1].all())) for one in part.scored(values, rows, self.exchange)
-                ]
-        return found
+        """As in `Scorer`."""
+
+        def measure(hidden: Tensor, right: Tensor) -> Tensor:
+            is_likeliest = self.model.likeliest(hidden) == right
+            return torch.stack([self._losses(hidden, right), is_likeliest.float()], dim=1)
+
+        found = self._scores(past, rows, [condition], lane, other, measure)[condition]
+        return [Likelihood(one[:, 0], bool(one[:, 1].all())) for one in found]
 
     @torch.no_grad()
     def greedy(
@@ -215,8 +218,9 @@ class ModelScorer:
     ) -> list[list[int]]:
         """The likeliest token at each of the last `num_tried + 1` places of every text."""
         found: list[list[int]] = []
+        alike = _Alike()
         for part in self._batches(texts):
-            for _, hidden in self._hidden(past, part, [condition], lane, other, room):
+            for _, hidden in self._hidden(past, part, [condition], lane, other, room, alike):
                 most = max(num_tried[number] for number in part.all_numbers) + 1
                 last = torch.tensor([len(texts[number]) - 1 for number in part.numbers], device=hidden.device)
                 places = (last[:, None] - torch.arange(most - 1, -1, -1, device=hidden.device)).clamp_min(0)
@@ -231,23 +235,46 @@ class ModelScorer:
             texts, self.exchange, num_context=context, tokens_at_once=self._at_once, device=self.model.device
         )
 
+    def _losses(self, hidden: Tensor, right: Tensor) -> Tensor:
+        return self.model.losses(hidden[None], right[None])[0]
+
+    def _scores(
+        self,
+        past: Past,
+        rows: Sequence[Row],
+        conditions: Sequence[str],
+        lane: int,
+        other: int,
+        measure: Callable[[Tensor, Tensor], Tensor],
+    ) -> dict[str, list[Any]]:
+        """What is measured at the scored places alone, of hidden states `[n, E]` and targets `[n]`, for each row."""
+        inputs, alike = Inputs.of(rows), _Alike()
+        room = most_tokens([row.tokens for row in rows])
+        found: dict[str, dict[int, Any]] = {name: {} for name in conditions}
+        for part in self._batches(inputs.texts):
+            where, targets = inputs.scored(part)
+            for name, hidden in self._hidden(past, part, conditions, lane, other, room, alike):
+                values = measure(hidden[where[0], where[2]], targets)
+                found[name] |= inputs.collect(part, where, values, self.exchange)
+        return {name: [of_row[number] for number in range(len(rows))] for name, of_row in found.items()}
+
     def _hidden(
-        self, past: Past, part: Batch, conditions: Sequence[str], lane: int, other: int, room: int
+        self, past: Past, part: Batch, conditions: Sequence[str], lane: int, other: int, room: int, alike: _Alike
     ) -> Iterator[tuple[str, Tensor]]:
-        """Input of the LM head for rows that follow a past, under each condition, `[B, T, E]`.
+        """Input of the LM head for texts that follow a past, under each condition, `[B, T, E]`.
 
         The longest window keeps so much `room` for a row, however many rows there are at once and however long.
         """
         ordinary = [name for name in conditions if name != LONGEST_WINDOW]
         if ordinary:
-            yield from self._with_own_window(past, part, ordinary, lane, other)
+            yield from self._with_own_window(past, part, ordinary, lane, other, alike)
         if LONGEST_WINDOW in conditions:
-            yield LONGEST_WINDOW, self._with_longest_window(past, lane, part.tokens, room)
+            yield LONGEST_WINDOW, self._with_longest_window(past, lane, part, room, alike)
 
     def _with_own_window(
-        self, past: Past, part: Batch, conditions: Sequence[str], lane: int, other: int
+        self, past: Past, part: Batch, conditions: Sequence[str], lane: int, other: int, alike: _Alike
     ) -> Iterator[tuple[str, Tensor]]:
-        """As `_hidden`; left context, and what rows begin with alike, are read once."""
+        """As `_hidden`; left context, and what texts begin with alike, are read once."""
         tokens, place = part.tokens, past.tokens.shape[1]
         documents, context = torch.full_like(tokens, lane), self._context(past.tokens, place, document=lane)
         if part.shared == 0:
@@ -257,21 +284,26 @@ class ModelScorer:
                 yield name, self._read(past, seen, name, lane, other)
                 self.on_read(tokens.numel())
             return
-        opened, context = OpenSegment.empty(1), Context(*(each[lane : lane + 1] for each in context))
-        head, tail = (documents[:1, : part.shared], documents[:, part.shared :])
-        alike = past.stream.look(tokens[:1, : part.shared], head, context, start=place, opened=opened)
+        head, tail = tokens[:1, : part.shared], tokens[:, part.shared :]
+        if alike.seen is None:
+            context = Context(*(each[lane : lane + 1] for each in context))
+            alike.seen = past.stream.look(head, documents[:1, : part.shared], context, start=place, opened=alike.opened)
         everyone, rest = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device), None
         if tail.shape[1]:
-            own = opened.rows(everyone)
-            rest = past.stream.look(tokens[:, part.shared :], tail, start=place, opened=own)
+            own = alike.opened.rows(everyone)
+            rest = past.stream.look(tail, documents[:, part.shared :], start=place, opened=own)
         for name in conditions:
-            kept = SideNetPast()
-            hidden = self._read(past, alike, name, lane, other, kept).expand(len(tokens), -1, -1)
+            if name not in alike.read:
+                kept = SideNetPast()
+                alike.read[name] = self._read(past, alike.seen, name, lane, other, kept), kept
+                self.on_read(head.numel())
+            hidden, kept = alike.read[name]
+            hidden = hidden.expand(len(tokens), -1, -1)
             if rest is not None:
                 found = self._read(past, rest, name, lane, other, rows_of_past(kept, everyone))
                 hidden = torch.cat([hidden, found], dim=1)
             yield name, hidden
-            self.on_read(tokens.numel())
+            self.on_read(tail.numel())
 
     def _read(
         self, past: Past, seen: Seen, condition: str, lane: int, other: int, kept: SideNetPast | None = None
@@ -291,8 +323,8 @@ class ModelScorer:
             past=kept,
         )
 
-    def _with_longest_window(self, past: Past, lane: int, tokens: Tensor, room: int) -> Tensor:
-        """The backbone alone with all that it can take before each row; what rows share is read once."""
+    def _with_longest_window(self, past: Past, lane: int, part: Batch, room: int, alike: _Alike) -> Tensor:
+        """The backbone alone with all that it can take before each text; what they share is read once."""
         start = max(0, past.tokens.shape[1] - max(0, self.longest - room))
         if (lane, start) not in past.read:
             past.read.clear()  # what is written after a past reads it again and again: the newest is enough
@@ -300,12 +332,21 @@ class ModelScorer:
             if start < past.tokens.shape[1]:
                 self.model.encode(past.tokens[lane : lane + 1, start:], None, cache=cache)
             past.read[lane, start] = cache
+        if alike.longest is None:
+            own, head = copy.deepcopy(past.read[lane, start]), part.tokens[:1, : part.shared]
+            alike.longest = own, [self._backbone_hidden(head, own)] if part.shared else []
+        before, hidden = alike.longest
         found = []
-        for row in tokens:
-            own = copy.deepcopy(past.read[lane, start])
-            found.append(self.model.backbone_hidden(self.model.encode(row[None], None, cache=own)))
-            self.on_read(len(row))
+        for row in part.tokens[:, None, part.shared :]:
+            rest = [self._backbone_hidden(row, copy.deepcopy(before))] if row.shape[1] else []
+            found.append(torch.cat([*hidden, *rest], dim=1))
         return torch.cat(found)
+
+    def _backbone_hidden(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+        """What the backbone alone says of tokens after what it keeps, to which they are added."""
+        hidden = self.model.backbone_hidden(self.model.encode(tokens, None, cache=cache))
+        self.on_read(tokens.numel())
+        return hidden
 
     def _context(self, tokens: Tensor, start: int, *, document: int | None = None) -> Context:
         """The left context of a segment."""

@@ -66,7 +66,8 @@ class How:
     Attributes:
         condition: One of `CONDITIONS`.
         memory_tokens: How far back memory reaches, at most the model's `memory.tokens`; None: so far.
-        window_tokens: The recent window; None: the model's `memory.window_tokens`.
+        window_tokens: The recent window; None: the model's `memory.window_tokens`. With `LONGEST_WINDOW` that of
+            the backbone alone; None: the longest.
     """
 
     condition: str

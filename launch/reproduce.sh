@@ -119,9 +119,20 @@ train() { # RUN RECIPE SEED
 evaluate() { # RUN TASK OPTIONS...
   OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}" python launch/evaluate.py --model "$1" --task "$2" "${limit[@]}" "${@:3}"
 }
+windows_of() { # RUN: those ordinary windows that its backbone has
+  python -c 'if True:
+    import json, sys, yaml
+    run = yaml.safe_load(open(sys.argv[1] + "/config.yaml", encoding="utf-8"))
+    backbone = json.load(open(sys.argv[2] + "/config.json", encoding="utf-8"))
+    longest, wanted = backbone.get("max_position_embeddings") or 0, run["evaluation"].get("backbone_window_tokens")
+    longest = longest if wanted is None else min(longest, wanted)
+    print(",".join(str(n) for n in (512, 2048, 4096) if run["train"]["segment_tokens"] <= n <= longest))' "$1" "$backbone"
+}
 measure() { # RUN RECIPE: every task that its recipe is about
-  local large=(--memory.tokens 65536) far=()
-  [[ "$2" != novels || "${limit[*]}" == *small ]] || far=(--perplexity.context_tokens 65536)
+  local large=(--memory.tokens 65536) far=() windows
+  windows="$(windows_of "$1")"
+  [[ -z "$windows" ]] || far=(--backbone-windows "$windows")
+  [[ "$2" != novels || "${limit[*]}" == *small ]] || far+=(--perplexity.context_tokens 65536)
   evaluate "$1" perplexity "${large[@]}" "${far[@]}" --memory-tokens 0,1024,4096,16384
   case "$2" in
     novels)

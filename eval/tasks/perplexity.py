@@ -11,15 +11,20 @@ import numpy as np
 from eval.controls import Comparison, compare, missing
 from eval.documents import check_segments, data_of_run, in_pairs, of_data, read_in_pairs
 from eval.report import Lines, Section, Table
-from eval.scorer import BACKBONE, CONDITIONS, LABELS, MEMORY_OFF, MEMORY_ON, How, Losses, Scorer
-from eval.statistics import Float64Array
+from eval.scorer import BACKBONE, CONDITIONS, LABELS, LONGEST_WINDOW, MEMORY_OFF, MEMORY_ON, How, Losses, Scorer
+from eval.statistics import Float64Array, interval
 from eval.task import Item, Scores, Task, TaskOptions
 from pipeline.config.kinds import Count, TokensOrZero
 from pipeline.config.kinds import Tokens as TokenCount
 from pipeline.config.world import held_out_lanes
 from pipeline.errors import ConfigError
 
-MEMORY_OF, WINDOW_OF = "memory of ", "window of "
+MEMORY_OF, WINDOW_OF, BACKBONE_OF = "memory of ", "window of ", "backbone with "
+SWEEPS = {
+    MEMORY_OF: "By tokens of memory",
+    WINDOW_OF: "By tokens of the recent window",
+    BACKBONE_OF: "The backbone alone, by tokens of its window",
+}
 PLACES = 16
 
 
@@ -38,6 +43,8 @@ class PerplexityOptions(TaskOptions):
     """Sweep: how far back memory reaches, each at most memory.tokens."""
     window_tokens: tuple[TokensOrZero, ...] = ()
     """Sweep: the recent window that is read whole, each at most memory.tokens."""
+    backbone_windows: tuple[TokenCount, ...] = ()
+    """Sweep: ordinary windows of the backbone alone, each of a segment at least and at most the longest one."""
     buckets: tuple[Count, ...] = (5_000, 10_000, 100_000, 500_000, 1_000_000)
     """Lengths of documents, in tokens, that part the table by length; by default those of PG-22 (Wang et al. 2023)."""
     words: Count | None = None
@@ -76,6 +83,8 @@ class Perplexity(Task[PerplexityOptions]):
         if MEMORY_ON in scorer.conditions:
             hows |= {f"{MEMORY_OF}{n:,}": How(MEMORY_ON, memory_tokens=n) for n in self.options.memory_tokens}
             hows |= {f"{WINDOW_OF}{n:,}": How(MEMORY_ON, window_tokens=n) for n in self.options.window_tokens}
+        for n in self.options.backbone_windows:
+            hows[f"{BACKBONE_OF}{n:,}"] = How(LONGEST_WINDOW, window_tokens=n)
         scores = {}
         for one, losses, count in read_in_pairs(item.content, scorer, self.options.context_tokens, hows):
             scored = one.tokens[self.options.context_tokens + 1 :]
@@ -105,7 +114,7 @@ class Perplexity(Task[PerplexityOptions]):
         conditions = [name for name in names if name in CONDITIONS]
         tables = [
             _main_table(compared, conditions, totals, words, num_bytes),
-            *self._sweep_tables(compared),
+            *self._sweep_tables(compared, totals, sizes),
             _by_length(documents, totals, sizes, conditions, self.options.buckets),
         ]
         num_words = f"{words:,} words {'as published' if self.options.words else 'counted between white space'}"
@@ -135,6 +144,18 @@ class Perplexity(Task[PerplexityOptions]):
                         f"do: add --memory.tokens {largest}"
                     ]
                 )
+        least, longest = self.given.config.train.segment_tokens, self.given.longest
+        if wrong := [size for size in self.options.backbone_windows if not least <= size <= longest]:
+            raise ConfigError(
+                [
+                    f"perplexity.backbone_windows are those of a segment to the longest one; got: {wrong[0]}; "
+                    + (
+                        f"expected: {least} to {longest}; do: leave {wrong[0]} out"
+                        if longest
+                        else "do: leave evaluation.backbone_window_tokens out, which is 0"
+                    )
+                ]
+            )
 
     def _forgotten(self) -> str:
         memory, context = self.given.config.memory, self.options.context_tokens
@@ -142,17 +163,26 @@ class Perplexity(Task[PerplexityOptions]):
             return ""
         return f" Memory holds {memory.tokens:,} tokens: at least {context - memory.tokens:,} were forgotten."
 
-    def _sweep_tables(self, compared: Comparison) -> list[Table]:
+    def _sweep_tables(
+        self, compared: Comparison, totals: Mapping[str, Float64Array], sizes: Float64Array
+    ) -> list[Table]:
         tables = []
-        for kind, title in ((MEMORY_OF, "By tokens of memory"), (WINDOW_OF, "By tokens of the recent window")):
-            names = [name for name in compared.means if name.startswith(kind)]
-            rows = [
-                [name, compared.means[name].text("{:.4f}"), f"{_exp(compared.means[name].mean):.2f}"] for name in names
-            ]
-            if names:
+        for kind, title in SWEEPS.items():
+            rows, before = [], None
+            for name in (name for name in compared.means if name.startswith(kind)):
+                mean = compared.means[name]
+                step = "-" if before is None else interval(totals[name] - totals[before], sizes).text("{:+.4f}")
+                to_on = compared.differences[name].text("{:+.4f}") if name in compared.differences else "-"
+                rows.append([name, mean.text("{:.4f}"), f"{_exp(mean.mean):.2f}", step, to_on])
+                before = name
+            if rows:
                 read = self.options.context_tokens + (self.options.scored_tokens or 0)
                 note = f"Of {read:,} tokens of a document at most." if self.options.scored_tokens else ""
-                tables.append(Table(title, ["memory on with", "nats a token [95 %]", "perplexity"], rows, note))
+                if kind == BACKBONE_OF:
+                    note += " The last token of a segment sees the whole window, the first a segment less."
+                heads = ["nats a token [95 %]", "perplexity", "minus the row above, paired", "(c) minus this [95 %]"]
+                first = "backbone" if kind == BACKBONE_OF else "memory on with"
+                tables.append(Table(title, [first, *heads], rows, note))
         return tables
 
     def _sweep_plots(self, compared: Comparison) -> list[Lines]:

@@ -127,6 +127,25 @@ def test_what_rows_begin_with_alike_is_read_once_and_changes_nothing(alone, shar
             np.testing.assert_allclose(together[name][number], losses[0], atol=TOLERANCE)
 
 
+def test_what_is_alike_is_read_once_over_all_passes_and_labels(alone):
+    num_texts, tail, shared = 4, 2, 6
+    texts = [np.concatenate([TEXT[PAST : PAST + shared], [number + 1, 9]]) for number in range(num_texts)]
+    rows_of_labels = [Row(np.array([*text, label]), 1) for text in texts for label in (3, 4, 5)]
+    read: list[int] = []
+    few = ModelScorer(
+        model(), longest=LONGEST, tokens_at_once=2 * (LEFT + shared + tail), on_read=lambda count: read.append(count)
+    )
+    past = few.remember(TEXT[:PAST], OTHER[:PAST])
+    for condition in CONDITIONS:
+        read.clear()
+        (found,) = few.losses(past, rows_of_labels, [condition]).values()
+        assert sum(read) == shared + num_texts * tail
+        for number, one in enumerate(found):
+            unlike = Row((rows_of_labels[number].tokens + 1) % VOCABULARY, 1)
+            expected = alone.losses(past, [rows_of_labels[number], unlike], [condition])[condition][0]
+            np.testing.assert_allclose(one, expected, atol=TOLERANCE)
+
+
 def test_many_rows_go_in_several_passes(scores):
     few = ModelScorer(model(), longest=LONGEST, tokens_at_once=2 * (LEFT + 9))
     for name, losses in scored(few).items():
@@ -195,14 +214,26 @@ def test_likelihoods_are_losses_and_what_greedy_decoding_writes_is_likeliest(alo
             np.testing.assert_allclose(losses, expected, atol=TOLERANCE)
 
 
-def of_rank() -> tuple[Any, Any, Any]:
+def of_labels(scorer: ModelScorer) -> dict[str, list[float]]:
+    """Five texts that begin alike, with three labels each."""
+    past = scorer.remember(TEXT[:PAST], OTHER[: PAST + 3])
+    texts = [[*TEXT[PAST : PAST + 6], number + 1, 9] for number in range(5)]
+    asked = [Row(np.array([*text, label]), 1) for text in texts for label in (3, 4, 5)]
+    found = scorer.losses(past, asked, scorer.conditions)
+    return {name: [float(one[0]) for one in losses] for name, losses in found.items()}
+
+
+def of_rank() -> tuple[Any, Any, Any, Any]:
     group = MemoryGroup.build(2, timeout_s=60)
     scorer = ModelScorer(model(), group, longest=LONGEST)
-    return scored(scorer), written(scorer, MEMORY_ON), likely(scorer, MEMORY_ON)
+    few = ModelScorer(model(), group, longest=LONGEST, tokens_at_once=LEFT + 8)
+    return scored(scorer), written(scorer, MEMORY_ON), likely(scorer, MEMORY_ON), of_labels(few)
 
 
 def test_a_group_of_two_finds_the_same(scores, alone):
-    for losses, texts, likelihoods in run_ranks(of_rank, 2):
+    for losses, texts, likelihoods, labels in run_ranks(of_rank, 2):
+        for name, expected in of_labels(alone).items():
+            np.testing.assert_allclose(labels[name], expected, atol=TOLERANCE)
         for (of_row, is_likeliest), (wanted, is_so_alone) in zip(likelihoods, likely(alone, MEMORY_ON), strict=True):
             np.testing.assert_allclose(of_row, wanted, atol=TOLERANCE)
             assert is_likeliest == is_so_alone

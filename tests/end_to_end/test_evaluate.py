@@ -201,6 +201,22 @@ def test_memory_may_be_larger_than_in_training(run_folder, tmp_path):
     assert found["memory of 16"] not in (found["memory_off"], found["memory_on"])
 
 
+def test_the_backbone_is_tried_with_other_windows(run_folder, tmp_path):
+    own = asked(run_folder, tmp_path).settings
+    sections = evaluate(
+        asked(run_folder, tmp_path / "out", settings=[*own, "--perplexity.backbone_windows", "16,32,128"])
+    )
+    found = perplexities(sections)
+    assert found["backbone with 16"] == pytest.approx(found["backbone"], rel=1e-5)
+    assert found["backbone with 128"] == pytest.approx(found["longest_window"], rel=1e-5)
+    assert found["backbone with 32"] not in (found["backbone with 16"], found["backbone with 128"])
+    (table,) = (one for one in sections["perplexity"].tables if one.title.startswith("The backbone alone, by"))
+    assert [row[0] for row in table.rows] == [f"backbone with {size}" for size in (16, 32, 128)]
+    steps = [float(row[3].split()[0]) for row in table.rows[1:]]
+    nats = [float(row[1].split()[0]) for row in table.rows]
+    assert steps == pytest.approx([nats[1] - nats[0], nats[2] - nats[1]], abs=2e-4)  # four digits each
+
+
 def test_a_folder_of_text_is_read_like_a_store(run_folder, tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"It was a bright cold day in the harbour {number}. " * 12)
@@ -236,6 +252,8 @@ def test_a_task_that_was_evaluated_before_stays_in_the_report(run_folder, tasks,
         ({"settings": ["--memory.tokns", "3"]}, ConfigError, "tokns"),
         ({"settings": ["--perplexity.context_tokens", "30"]}, ConfigError, "16 or 32"),
         ({"settings": ["--perplexity.memory_tokens", "4096"]}, ConfigError, "add --memory.tokens 4096"),
+        ({"settings": ["--perplexity.backbone_windows", "8"]}, ConfigError, "got: 8; expected: 16 to 128; do: leave 8"),
+        ({"settings": ["--perplexity.backbone_windows", "32,256"]}, ConfigError, "got: 256; expected: 16 to 128"),
         ({"data": ["/nowhere/at/all"]}, LongMemError, "/nowhere/at/all"),
     ],
 )

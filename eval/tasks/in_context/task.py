@@ -23,7 +23,7 @@ from eval.task import Given, Item, Scores, Task, TaskOptions
 from eval.tasks.in_context.report import SHUFFLED, in_context_section
 
 logger = logging.getLogger(__name__)
-AT_ONCE = 16
+AT_ONCE = 64
 """Test items of an item."""
 OWN, WITH_SHUFFLED_LABELS, OTHER_SET = range(3)
 """Lanes of a past."""
@@ -93,7 +93,7 @@ class InContext(Task[InContextOptions]):
         self._remembered: tuple[Any, tuple[Draw, Memory, Any]] | None = None
 
     def items(self) -> Sequence[Item]:
-        """Test items of a set by sixteens; those after the same memory follow each other."""
+        """Test items of a set, `AT_ONCE` to an item; those after the same memory follow each other."""
         items = []
         for name in self._sets:
             count = len(self._questions[name])

@@ -170,7 +170,7 @@ def test_what_is_in_memory_tells(make, given):
     assert not any(line.startswith("(d)") for line in section.missing)
 
 
-def test_a_past_is_remembered_once_and_items_come_by_sixteens(make):
+def test_a_past_is_remembered_once_and_items_come_many_at_once(make):
     sets = {"MR": (TRAIN, [(f"new {number}", number % 2) for number in range(AT_ONCE + 3)])}
     task = make(sets, window_demonstrations=(1, 3), memory_demonstrations=(0, 4), seeds=(1, 2))
     scorer = OracleScorer()
