@@ -5,6 +5,7 @@ Shapes: `H` query heads, `D` head size, `R` rotated dimensions (`R <= D`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -102,3 +103,11 @@ class PositionRule:
             return rotated
         # A rotated key carries the scaling as well; these keys are not rotated, so the query carries it for them.
         return encoding.rotate(rotated, 0)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Slope of each head, float32 `[H]`. Source: Press et al. 2022, section 3; between powers of two, their code."""
+    lower = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (head + 1) / lower) for head in range(lower)]
+    slopes += [2.0 ** (-4.0 * (2 * head + 1) / lower) for head in range(num_heads - lower)]
+    return torch.tensor(slopes, dtype=torch.float32)

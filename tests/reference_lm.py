@@ -96,11 +96,12 @@ class Reference:
         for module in self.model.modules():  # what the fast code hung onto the model is no business of ours
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        body = {"gpt2": "transformer", "bloom": "transformer", "gpt_neox": "gpt_neox"}.get(self.kind, "model")
+        body = dict.fromkeys(("gpt2", "bloom", "longmem_gpt"), "transformer") | {"gpt_neox": "gpt_neox"}
+        body = body.get(self.kind, "model")
         self.body: Any = getattr(self.model, body)
         if self.kind == "opt":
             self.body = self.body.decoder
-        self.layers: list[Any] = list(self.body.h if self.kind in ("gpt2", "bloom") else self.body.layers)
+        self.layers: list[Any] = list(self.body.h if hasattr(self.body, "h") else self.body.layers)
         self.heads: int = self.config.num_attention_heads
         self.dim: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
 
@@ -112,6 +113,8 @@ class Reference:
             return self.body.embed_tokens.weight[tokens] + self.body.embed_positions.weight[positions + 2]
         if self.kind == "bloom":
             return self.body.word_embeddings_layernorm(self.body.word_embeddings.weight[tokens])
+        if self.kind == "longmem_gpt":
+            return self.body.wte.weight[tokens]
         if self.kind == "gpt_neox":
             return self.body.embed_in.weight[tokens]
         # Gemma's factor is kept in float32 by the model.
@@ -120,21 +123,22 @@ class Reference:
 
     def final_norm(self) -> nn.Module:
         """The module of the final norm."""
-        name = {"gpt2": "ln_f", "bloom": "ln_f", "gpt_neox": "final_layer_norm", "opt": "final_layer_norm"}
+        name = dict.fromkeys(("gpt2", "bloom", "longmem_gpt"), "ln_f")
+        name |= dict.fromkeys(("gpt_neox", "opt"), "final_layer_norm")
         module: nn.Module = getattr(self.body, name.get(self.kind, "norm"))
         return module
 
     def head(self, x: Tensor, norm: Any) -> Tensor:
         """Logits of the residual stream."""
         normed = self._norm(x, norm)
-        logits = normed @ self.model.lm_head.weight.T
+        logits = _linear(self.model.lm_head, normed)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def attention(self, index: int) -> Attention:
         """Attention of the layer with this index (from 0)."""
         scale = self.dim**-0.5
-        if self.kind == "bloom":
+        if self.kind in ("bloom", "longmem_gpt"):
             return Attention(scale, slopes=_alibi(self.heads))
         if self.kind == "gpt2":
             return Attention(scale / (index + 1) if self.config.scale_attn_by_inverse_layer_idx else scale)
@@ -176,7 +180,7 @@ class Reference:
                     rows = slice(at, at + self.dim)
                     cut[part].append(x @ module.weight[rows].T + module.bias[rows])
             return torch.stack(cut[0], 1), torch.stack(cut[1], 1), torch.stack(cut[2], 1)
-        attention = layer.self_attn
+        attention = layer.attn if self.kind == "longmem_gpt" else layer.self_attn
         if self.kind == "phi3":  # all queries, fewer keys, as many values
             whole, first = _linear(attention.qkv_proj, x), self.heads * self.dim
             last = first + self.config.num_key_value_heads * self.dim
@@ -200,6 +204,9 @@ class Reference:
         if self.kind == "gpt2":
             x = x + attended(layer.ln_1(x), layer.attn.c_proj)
             return x + layer.mlp(layer.ln_2(x))
+        if self.kind == "longmem_gpt":  # one norm, attention and MLP beside each other
+            normed = layer.ln_1(x)
+            return x + attended(normed, layer.attn.out_proj) + layer.mlp(normed)
         if self.kind == "gpt_neox":
             first = x + attended(layer.input_layernorm(x), layer.attention.dense)
             other = x if self.config.use_parallel_residual else first

@@ -25,6 +25,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline.backbone.gpt import LongMemGPTConfig
+
 VOCABULARY = 96
 MAX_TOKENS = 128
 WINDOW = 5  # tokens: shorter than any segment of the tests, and no multiple of a chunk
@@ -75,6 +77,7 @@ _CONFIGS: Mapping[str, Callable[[int], PreTrainedConfig]] = MappingProxyType(
             word_embed_proj_dim=32,
             max_position_embeddings=MAX_TOKENS,
         ),
+        "longmem_gpt": lambda n: LongMemGPTConfig(**_SIZES, num_hidden_layers=n, max_position_embeddings=MAX_TOKENS),
         # The same families with settings that change the arithmetic of attention.
         "llama-yarn": lambda n: LlamaConfig(**GATED, num_hidden_layers=n, rope_parameters=_YARN),
         "mistral-window": lambda n: MistralConfig(**GATED, num_hidden_layers=n, sliding_window=WINDOW),

@@ -7,17 +7,16 @@ Shapes: `B` rows, `T` tokens, `H` query heads, `Hkv` key/value heads, `D` head s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pipeline.backbone import gpt
 from pipeline.errors import BackboneError
-from pipeline.positions import PositionEncoding
+from pipeline.positions import PositionEncoding, alibi_slopes
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             # OPT-350m alone: norms after the residual and a projection before the head.
             unsupported=(("do_layer_norm_before", (True,)), ("_remove_final_layer_norm", (False,))),
         ),
+        gpt.MODEL_TYPE: Family(
+            decoder="transformer", layers="h", norm="ln_f", attention="attn", output="out_proj", positions="alibi"
+        ),
     }
 )
 
@@ -219,11 +221,3 @@ def position_encoding(family: Family, decoder: nn.Module, layer: int, *, num_hea
         )
     scaling = float(getattr(rotary, f"{prefix}attention_scaling"))
     return PositionEncoding(getattr(rotary, f"{prefix}inv_freq").float().clone(), scaling)
-
-
-def alibi_slopes(num_heads: int) -> Tensor:
-    """Slope of each head, float32 `[H]`. Source: Press et al. 2022, section 3; between powers of two, their code."""
-    lower = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * (head + 1) / lower) for head in range(lower)]
-    slopes += [2.0 ** (-4.0 * (2 * head + 1) / lower) for head in range(num_heads - lower)]
-    return torch.tensor(slopes, dtype=torch.float32)

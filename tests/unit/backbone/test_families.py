@@ -24,8 +24,9 @@ from transformers import (
 from pipeline.backbone import backbone as backbone_module
 from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.families import FAMILIES as TABLE
-from pipeline.backbone.families import Family, alibi_slopes, family_of, sliding_window
+from pipeline.backbone.families import Family, family_of, sliding_window
 from pipeline.errors import BackboneError
+from pipeline.positions import alibi_slopes
 from tests.reference_lm import Reference
 from tests.tiny_longmem import tiny_tokens
 from tests.tiny_models import FAMILIES, GATED, VARIANTS, WINDOW, drawn, tiny_model
