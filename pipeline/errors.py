@@ -57,6 +57,16 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def load_failure(error: Exception) -> str:
+    """What a load failed with; of what the unpickler refused only the name: torch's page of advice would mislead."""
+    text = str(error)
+    for mark in ("Unsupported global: ", "Trying to load unsupported GLOBAL ", "Unsupported operand "):
+        if mark in text:
+            refused = (mark + text.split(mark, 1)[1].splitlines()[0]).split(" was not ")[0]
+            return f"{type(error).__name__}: {refused[:200]}"
+    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')[:500]}"
+
+
 class DataError(LongMemError):
     """Input text or a token store is missing, empty, malformed or foreign."""
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,36 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
+        raise
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Makes a folder that is whole or absent; of folders above it none is left that was made for nothing.
+
+    Args:
+        output: The folder, which is not there.
+
+    Yields:
+        Where to write it; it gets its name when the `with` ends without an error.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    if os.path.lexists(output.parent) and not output.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent))
+    made = [parent for parent in output.absolute().parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name[:50]}-", dir=output.parent) as name:
+            whole = Path(name, "whole")
+            whole.mkdir()
+            yield whole
+            whole.rename(output)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
         raise
 
 

@@ -34,7 +34,8 @@ class Backbone(nn.Module):
 
     Args:
         model: A `transformers` causal LM of a known family; frozen here.
-        taps: Numbers of layers (0 to all) after which the residual stream is kept.
+        taps: Numbers of layers (0 to all) after which the residual stream is kept; one more than there are: after the
+            final norm.
         calls: Layers, counted from 1, whose call is kept.
         memory_layers: Layers, counted from 1, whose keys and values are kept.
         made_whole: Context manager that makes partitioned parameters whole while it is open (ZeRO-3); every rank must
@@ -189,7 +190,9 @@ class Backbone(nn.Module):
         for layer, module in enumerate(modules, start=1):
             module.register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
         if len(modules) in self.tap_points:
-            modules[-1].register_forward_hook(self._after_last)
+            modules[-1].register_forward_hook(partial(self._after, len(modules)))
+        if len(modules) + 1 in self.tap_points:
+            self.norm.register_forward_hook(partial(self._after, len(modules) + 1))
         for layer in self.memory_layers:
             for name in self.family.hooked:
                 projection = self.attention(layer).get_submodule(name)
@@ -211,8 +214,8 @@ class Backbone(nn.Module):
             self._calls[layer] = LayerCall(args[1:], kwargs)
         return args, kwargs
 
-    def _after_last(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._taps[len(self.layers)] = output[0] if isinstance(output, tuple) else output
+    def _after(self, tap: int, module: nn.Module, args: Any, output: Any) -> None:
+        self._taps[tap] = output[0] if isinstance(output, tuple) else output
 
     def _on_projection(self, layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         if layer in self.memory_layers:

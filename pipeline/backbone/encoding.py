@@ -81,7 +81,7 @@ class Encoding(NamedTuple):
     """One encoded segment.
 
     Attributes:
-        taps: Number of layers passed -> residual stream `[B, T, E]`.
+        taps: Number of layers passed -> residual stream `[B, T, E]`; one more than there are: after the final norm.
         calls: Backbone layer, counted from 1 -> how it was called.
         memory: Keys and values of each memory layer, in the order the backbone was built with.
         documents: Document of each token, int64 `[B, T]`, where attention must not cross documents; else None.

@@ -9,13 +9,10 @@ DIR/model.safetensors   the SideNet's weights, fp32, by their names in the model
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from pipeline.checkpoint.room import is_want_of_room, room_words
 from pipeline.checkpoint.shelf import Shelf
 from pipeline.config.untrusted import short
 from pipeline.errors import CheckpointError
+from pipeline.files import new_folder
 
 WEIGHTS, SETTINGS, ABOUT = "model.safetensors", "config.yaml", "export.json"
 _OWNER = "sidenet"
@@ -98,29 +96,12 @@ def find_trained(source: Path) -> Trained:
 
 
 def _write(trained: Trained, output: Path, add: Callable[[Trained, Path], None] | None) -> None:
-    if os.path.lexists(output.parent) and not output.parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent))
-    made = [parent for parent in output.absolute().parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _write_below(trained, output, add)
-    except BaseException:
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _write_below(trained: Trained, output: Path, add: Callable[[Trained, Path], None] | None) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{output.name[:50]}-", dir=output.parent) as name:
-        whole = Path(name, "whole")
-        whole.mkdir()
+    with new_folder(output) as whole:
         if add is not None:  # first: it can find that something is wrong
             add(trained, whole)
         for part in (WEIGHTS, SETTINGS):
             shutil.copyfile(trained.folder / part, whole / part)
         (whole / ABOUT).write_text(json.dumps(trained.about, indent=1) + "\n", encoding="utf-8")
-        whole.rename(output)
 
 
 def _find(source: Path) -> Path:

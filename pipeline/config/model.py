@@ -62,6 +62,10 @@ class MemoryConfig(Section):
     """Exact search by blocked matrix products, or by a flat faiss index."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of what is remembered; `auto` takes `train.precision`."""
+    chunk_keys: Literal["stored", "unrounded"] = "stored"
+    """Chunks are found by the mean of their keys as they are stored, or as they came, before they were rounded to
+    `dtype` (the code of the paper's authors). A memory that is read from a file is always found by what is stored:
+    `unrounded` wants `checkpoint.memory: replay`."""
     device: Literal["accelerator", "host"] = "accelerator"
     """Where the bank lives: beside the model, or in host memory when it does not fit there."""
     position: Annotated[
@@ -103,8 +107,14 @@ class SideNetConfig(Section):
         ),
     ] = None
     """SideNet layers that read memory, counted from 1; null is one layer, three quarters up (the paper)."""
-    residual: Literal["interleaved", "paper"] = "interleaved"
-    """Where the backbone's residual differences come in; with `interleaved` the untrained SideNet is the backbone."""
+    residual: Literal["interleaved", "paper", "paper_normed"] = "interleaved"
+    """Where the backbone's residual differences come in; with `interleaved` the untrained SideNet is the backbone.
+    `paper_normed` is `paper` as its authors' code has it: the last difference is that of the normed last state."""
+    norm_epsilon: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Epsilon of the SideNet's norms; null: as in the backbone's layers that they are copies of."""
+    activation: Literal["gelu", "gelu_new", "relu", "silu"] | None = None
+    """Activation of the SideNet's MLPs, by transformers' names (`gelu` by the error function, `gelu_new` by tanh); null:
+    the backbone's."""
     fusion: Literal["gate", "joint"] = "gate"
     """How memory joins local attention: a learnt mix per head (the paper), or one softmax over both."""
     gate_init: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0

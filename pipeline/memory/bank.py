@@ -83,12 +83,20 @@ class MemoryBank:
         dtype: Dtype of keys and values.
         device: Where they are kept.
         layers: What it is made of, where that is there already; None: empty rings.
+        chunk_keys: Mean of the keys as they are `stored`, or of `unrounded` ones, as they came.
     """
 
     def __init__(
-        self, shape: BankShape, *, dtype: torch.dtype, device: torch.device, layers: Sequence[LayerStore] | None = None
+        self,
+        shape: BankShape,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: Sequence[LayerStore] | None = None,
+        chunk_keys: str = "stored",
     ) -> None:
         self.shape = shape
+        self._of_stored = chunk_keys == "stored"
         self.dtype = dtype
         self.device = device
         self.is_writable = True
@@ -204,8 +212,10 @@ class MemoryBank:
                     within(source[:, :, tokens], self.dtype).unflatten(2, (-1, size)).transpose(0, 1)
                 )  # [Hkv, B, chunks, c, D]
                 target[:, :, slots].copy_(chunked)
-            # The mean of what is stored, not of what came: a reader can recompute it from the bank.
-            store.chunk_keys[:, :, slots] = _chunk_keys(store.keys[:, :, slots])
+            keys = store.keys[:, :, slots]  # a reader can recompute their means from the bank
+            if not self._of_stored:
+                keys = key[:, :, tokens].unflatten(2, (-1, size)).transpose(0, 1).to(self.device)
+            store.chunk_keys[:, :, slots] = _chunk_keys(keys)
 
     def _label(self, documents: Tensor, start: int, chunks: slice, slots: slice) -> None:
         size = self.shape.chunk_size

@@ -24,6 +24,7 @@ from pipeline.memory.room import check_room
 from pipeline.memory.segment import ReadSettings
 from pipeline.model.loss import Head, token_losses
 from pipeline.positions import PositionRule
+from pipeline.sidenet.copies import Habits
 from pipeline.sidenet.fusion import MemoryReader
 from pipeline.sidenet.layout import Layout
 from pipeline.sidenet.past import SideNetPast
@@ -153,7 +154,7 @@ class LongMem:
         device = torch.device("cpu") if memory.device == "host" else self.device
         needed = shape.bytes(dtype) + shape.marks_bytes()
         check_room(needed, device, num_ranks=local_size(os.environ))
-        return MemoryBank(shape, dtype=dtype, device=device)
+        return MemoryBank(shape, dtype=dtype, device=device, chunk_keys=memory.chunk_keys)
 
     def encode(
         self,
@@ -315,6 +316,7 @@ def build(settings: ModelSettings, model: PreTrainedModel, **kwargs: Any) -> tup
         fusion=settings.sidenet.fusion,
         gate_init=settings.sidenet.gate_init,
         sink_rule=PositionRule.parse(settings.memory.position).beyond(settings.memory.tokens),
+        habits=Habits(settings.sidenet.norm_epsilon, settings.sidenet.activation),
         activation_checkpointing=settings.sidenet.activation_checkpointing,
     )
     return backbone, sidenet

@@ -18,7 +18,7 @@ class Layout:
     Attributes:
         boundaries: `b_0 < b_1 < ... < b_L`, numbers of backbone layers passed.
         memory_layers: SideNet layers that read memory, counted from 1, in order.
-        residual: `interleaved` or `paper`.
+        residual: `interleaved`, `paper` or `paper_normed`.
     """
 
     boundaries: tuple[int, ...]
@@ -42,7 +42,7 @@ class Layout:
             layout: `uniform` (blocks evenly spread over the backbone) or `top` (the last layers, each a block).
             num_layers: Layers of the SideNet; None: half the backbone's for `uniform`, all of them for `top`.
             memory_layers: SideNet layers that read memory, counted from 1; `all`; None: one, three quarters up.
-            residual: `interleaved` or `paper`.
+            residual: `interleaved`, `paper` or `paper_normed`.
 
         Returns:
             The layout.
@@ -89,9 +89,15 @@ class Layout:
         return tuple(self.boundaries[layer] for layer in self.memory_layers)
 
     def difference(self, layer: int) -> tuple[int, int] | None:
-        """The taps `(later, earlier)` whose difference a SideNet layer (counted from 1) adds; None if it is nothing."""
-        earlier = self.boundaries[layer - 1]
-        later = self.boundaries[layer] - (1 if self.residual == "interleaved" else 0)
+        """The taps `(later, earlier)` whose difference a SideNet layer (counted from 1) adds; None if it is nothing.
+
+        The tap after the last of the layers is that after the final norm.
+        """
+        earlier, later = self.boundaries[layer - 1], self.boundaries[layer]
+        if self.residual == "interleaved":
+            later -= 1
+        elif self.residual == "paper_normed" and layer == self.num_layers:
+            later += 1
         return None if later == earlier else (later, earlier)
 
     @property

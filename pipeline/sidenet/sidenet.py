@@ -5,9 +5,9 @@ Shapes: `B` rows, `T` tokens, `E` hidden size.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,6 +18,7 @@ from pipeline.backbone.backbone import Backbone
 from pipeline.backbone.encoding import Encoding, LayerCall
 from pipeline.backbone.families import sliding_window
 from pipeline.positions import PositionRule
+from pipeline.sidenet.copies import Habits, trainable_copy
 from pipeline.sidenet.fusion import MemoryFusion, MemoryReader
 from pipeline.sidenet.layout import Layout
 from pipeline.sidenet.local import LocalAttention
@@ -35,10 +36,11 @@ class SideNet(nn.Module):
         fusion: `gate` or `joint`.
         gate_init: First value of gates or biases.
         sink_rule: The distance that sinks are read at.
+        habits: What its layers do otherwise than those that they are copies of.
         activation_checkpointing: Whether each layer is computed again in the backward pass instead of kept.
 
     Source:
-        Wang et al. 2023, section 2.2, eq. 1; both residual forms in `docs/architecture.md`.
+        Wang et al. 2023, section 2.2, eq. 1; all residual forms in `docs/architecture.md`.
     """
 
     def __init__(
@@ -49,16 +51,17 @@ class SideNet(nn.Module):
         fusion: str,
         gate_init: float = 0.0,
         sink_rule: PositionRule = PositionRule("none"),  # noqa: B008  # frozen
+        habits: Habits = Habits(),  # noqa: B008  # frozen
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.activation_checkpointing = activation_checkpointing
         self.layers = nn.ModuleList(
-            _trainable_copy(backbone.layers[source - 1], backbone) for source in layout.source_layers
+            trainable_copy(backbone.layers[source - 1], backbone, habits) for source in layout.source_layers
         )
         self._windows = [sliding_window(layer.get_submodule(backbone.family.attention)) for layer in self.layers]
-        self.norm = _trainable_copy(backbone.norm, backbone)
+        self.norm = trainable_copy(backbone.norm, backbone, replace(habits, activation=None))
         self.memory = nn.ModuleDict()
         for index, layer in enumerate(layout.memory_layers):
             source = layout.boundaries[layer]
@@ -111,7 +114,7 @@ class SideNet(nn.Module):
             if carried is not None and layout.residual == "interleaved":
                 state = state + carried
             state = self._layer(layer, state, encoding, reader, past)
-            if carried is not None and layout.residual == "paper":
+            if carried is not None and layout.residual != "interleaved":
                 state = state + carried
         normed: Tensor = self.norm(state)
         return normed
@@ -170,17 +173,3 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     output = layer(hidden, *call.args, **call.kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
-
-
-def _trainable_copy(module: nn.Module, backbone: Backbone) -> nn.Module:
-    """A copy with parameters of its own and without the hooks that were put on the original."""
-    with backbone.made_whole(list(module.parameters())):
-        clone = copy.deepcopy(module, {id(backbone): backbone})  # its hooks hold the backbone, which is not copied
-    for part in clone.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-        part._forward_hooks_with_kwargs.clear()
-        part._forward_pre_hooks_with_kwargs.clear()
-    for parameter in clone.parameters():
-        parameter.requires_grad_(True)
-    return clone

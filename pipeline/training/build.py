@@ -211,6 +211,7 @@ def check_inputs(config: Config) -> Stores:
     Raises:
         LongMemError: Something does not fit.
     """
+    check_stored(config)
     stores = open_stores(config)
     whole_config = read_backbone_config(config.backbone.path)
     backbone_config = whole_config.get_text_config()
@@ -223,6 +224,17 @@ def check_inputs(config: Config) -> Stores:
     for store in stores.train:
         check_tokenizer(store, tokenizer)
     return stores
+
+
+def check_stored(config: Config) -> None:
+    """Checks that a checkpoint can hold what memory is found by. Raises ConfigError: it cannot."""
+    if config.memory.enabled and config.memory.chunk_keys == "unrounded" and config.checkpoint.memory == "save":
+        raise ConfigError(
+            [
+                "a checkpoint stores rounded keys, by which a restarted run would find other chunks; got: "
+                "memory.chunk_keys unrounded and checkpoint.memory save; do: set checkpoint.memory to replay"
+            ]
+        )
 
 
 def check_positions(config: Config, backbone_config: Any) -> None:
@@ -273,12 +285,12 @@ def find_checkpoint(config: Config, folder: Path, *, data: Mapping[str, Any] | N
 
 def _identity(config: Config, model: LongMem, backbone: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that loads it."""
-    layout = model.sidenet.layout
-    return {
-        **_identity_of_settings(config, data),
-        "backbone": backbone,
-        "sidenet": [list(layout.boundaries), list(layout.memory_layers), layout.residual, config.sidenet.fusion],
-    }
+    layout, side = model.sidenet.layout, config.sidenet
+    sidenet: list[Any] = [list(layout.boundaries), list(layout.memory_layers), layout.residual, side.fusion]
+    otherwise = {name: getattr(side, name) for name in ("norm_epsilon", "activation")}
+    if any(value is not None for value in otherwise.values()):  # as it was before there were such settings
+        sidenet.append(otherwise)
+    return {**_identity_of_settings(config, data), "backbone": backbone, "sidenet": sidenet}
 
 
 def _identity_of_settings(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:

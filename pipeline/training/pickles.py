@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from pipeline.checkpoint.manifest import DamageError
+from pipeline.errors import load_failure
 
 
 def _stage_named(enum: Any, name: Any) -> ZeroStageEnum:
@@ -123,13 +124,3 @@ def _check_known(names: Any, weights: Shapes) -> None:
     foreign = [name for name in names if name not in weights]
     if foreign:
         raise ValueError(f"a parameter that the SideNet does not have: {str(foreign[0])[:100]!r}")
-
-
-def load_failure(error: Exception) -> str:
-    """What a load failed with; of what the unpickler refused only the name: torch's page of advice would mislead."""
-    text = str(error)
-    for mark in ("Unsupported global: ", "Trying to load unsupported GLOBAL ", "Unsupported operand "):
-        if mark in text:
-            refused = (mark + text.split(mark, 1)[1].splitlines()[0]).split(" was not ")[0]
-            return f"{type(error).__name__}: {refused[:200]}"
-    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')[:500]}"

@@ -1,0 +1,1 @@
+"""What the paper's authors published, made into what this project reads."""
