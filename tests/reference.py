@@ -260,7 +260,7 @@ class ReferenceSideNet:
         model: The causal LM.
         boundaries: `b_0 .. b_L`.
         memory_layers: Side layers that read memory, counted from 1.
-        residual: `interleaved` or `paper`.
+        residual: `interleaved`, `paper` or `paper_normed`.
         fusion: `gate` or `joint`.
         gate: First number of every head.
         rules: How memory is read.
@@ -327,7 +327,10 @@ class ReferenceSideNet:
             if self.residual == "interleaved":
                 state = self.lm.layer(layer, state + (x[b[number] - 1] - x[b[number - 1]]), attend)
             else:
-                state = self.lm.layer(layer, state, attend) + (x[b[number]] - x[b[number - 1]])
+                later = x[b[number]]
+                if self.residual == "paper_normed" and number == len(self.layers):
+                    later = self.lm.normed(later)
+                state = self.lm.layer(layer, state, attend) + (later - x[b[number - 1]])
         return self.lm.head(state, self.norm)
 
     def _attend(self, number: int, start: int, documents: Tensor) -> Any:

@@ -128,6 +128,10 @@ class Reference:
         module: nn.Module = getattr(self.body, name.get(self.kind, "norm"))
         return module
 
+    def normed(self, x: Tensor) -> Tensor:
+        """The residual stream after the model's own final norm."""
+        return self._norm(x, self.final_norm())
+
     def head(self, x: Tensor, norm: Any) -> Tensor:
         """Logits of the residual stream."""
         normed = self._norm(x, norm)

@@ -91,12 +91,13 @@ def _setting(name: str, field: FieldInfo) -> Setting:
 
 
 def _choices(annotation: Any) -> list[str]:
-    return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
+    inner = get_args(annotation)[0] if _is_union(annotation) else annotation
+    return [str(choice) for choice in get_args(inner)] if get_origin(inner) is Literal else []
 
 
 def _kind(field: FieldInfo, choices: list[str]) -> str:
     if choices:
-        return " or ".join(f"`{choice}`" for choice in choices)
+        return " or ".join([f"`{choice}`" for choice in choices] + ["null"] * _is_union(field.annotation))
     # `Count | None` keeps its range inside the union, a plain `Count` in the field's metadata.
     is_union = _is_union(field.annotation)
     inner = get_args(field.annotation)[0] if is_union else field.annotation

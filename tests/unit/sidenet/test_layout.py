@@ -61,6 +61,9 @@ def test_differences_and_taps() -> None:
     paper = build(6, "uniform", 3, residual="paper")
     assert [paper.difference(layer) for layer in (1, 2, 3)] == [(2, 0), (4, 2), (6, 4)]
     assert paper.taps == (0, 2, 4, 6)
+    normed = build(6, "uniform", 3, residual="paper_normed")  # tap 7 is that after the final norm
+    assert [normed.difference(layer) for layer in (1, 2, 3)] == [(2, 0), (4, 2), (7, 4)]
+    assert normed.taps == (0, 2, 4, 7)
     top = build(6, "top", 2)  # a block of one layer carries nothing past it
     assert [top.difference(layer) for layer in (1, 2)] == [None, None]
     assert top.taps == (4,)
