@@ -98,7 +98,7 @@ def check(sizes: Sizes, backbone: Checkpoint, longmem: Checkpoint) -> None:
             do=_DO,
         )
     _check_names(backbone, _backbone_shapes(sizes))
-    _check_names(longmem, _longmem_shapes(sizes))
+    _check_names(longmem, longmem_shapes(sizes))
     version = longmem.model[_VERSION].flatten().tolist()
     if version != [_WANTED_VERSION]:
         raise CheckpointError(
@@ -152,7 +152,8 @@ def _backbone_shapes(sizes: Sizes) -> dict[str, list[int]]:
     return {_BACKBONE + name: shape for name, shape in shapes.items()}
 
 
-def _longmem_shapes(sizes: Sizes) -> dict[str, list[int]]:
+def longmem_shapes(sizes: Sizes) -> dict[str, list[int]]:
+    """Every weight of LongMem's checkpoint, by name."""
     words = [sizes.vocab_size, sizes.hidden_size]
     shapes = {_VERSION: [1], _EMBEDDING: words, _HEAD: words}
     shapes |= {f"{_SIDE}layer_norm.{part}": [sizes.hidden_size] for part in ("weight", "bias")}
