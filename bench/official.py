@@ -3,7 +3,7 @@
 Makes `backbone.pt` (407,072,768 parameters), `longmem.pt` (558,155,792) and `dict.txt` in the layout that the authors'
 code saves, in fp16, in `--folder`; imports them by `launch/import_official.py` in a process of its own; then loads the
 result and reads 1,024 tokens with 65,536 in memory. What is remembered is drawn at random, as large as the model's own
-keys and values: reading so many tokens takes a CPU the better part of an hour, and time and memory are the same.
+keys and values: reading so many tokens takes two cores a quarter of an hour, and time and memory are the same.
 
     python bench/official.py --folder /tmp/official [--bpe NAME] [--memory 65536] [--quick]
 """
