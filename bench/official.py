@@ -1,4 +1,4 @@
-"""The authors' checkpoints at their size, with random weights: seconds and memory of importing them, and of one forward.
+"""The authors' checkpoints at their size, with random weights: seconds and memory of importing them and of a forward.
 
 Makes `backbone.pt` (407,072,768 parameters), `longmem.pt` (558,155,792) and `dict.txt` in the layout that the authors'
 code saves, in fp16, in `--folder`; imports them by `launch/import_official.py` in a process of its own; then loads the
@@ -85,20 +85,21 @@ def read(model: LongMem, num_tokens: int) -> str:
     length = model.settings.segment_tokens
     tokens = torch.randint(4, 50_000, (1, length), generator=generator)
     documents = torch.zeros_like(tokens)
-    stream, scale = Stream(model, model.bank(1)), 1.0
+    bank = model.bank(1)
+    stream = Stream(model, bank)
     with torch.no_grad():
         seen = stream.look(tokens, documents)
         like = seen.encoding.memory[0]
         for start in range(0, num_tokens, length):
-            pair = [scale * part.std() * torch.randn(part.shape, generator=generator) for part in like]
-            stream.bank.append([(pair[0], pair[1])], start=start, documents=documents)  # type: ignore[union-attr]
+            pair = [part.std() * torch.randn(part.shape, generator=generator) for part in like]
+            bank.append([(pair[0], pair[1])], start=start, documents=documents)
         stream.place = num_tokens
         lines = []
         for memory in ("none", "own", "none", "own"):
             forget_peak(model.device)
             start_s = time.perf_counter()
             seen = stream.look(tokens, documents)
-            losses = model.losses(stream.hidden(seen, memory=memory), tokens)  # type: ignore[arg-type]
+            losses = model.losses(stream.hidden(seen, memory=memory), tokens)
             seconds = time.perf_counter() - start_s
             assert bool(losses.isfinite().all())
             words = "without memory" if memory == "none" else f"with {num_tokens:,} in memory"
@@ -118,7 +119,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     paths = make(options.folder, QUICK if options.quick else PUBLISHED)
     sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e9:.2f} GB" for path in paths)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; {sizes}")
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"{platform.machine()}, {threads}, torch {torch.__version__}; {sizes}")
     rows = [imported(paths, options.folder / "imported", options.bpe)]
     rows.append(read(_with(load_longmem(options.folder / "imported"), tokens=options.memory), options.memory))
     print("| what | time | peak memory |\n| --- | --- | --- |\n" + "\n".join(rows))

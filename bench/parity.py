@@ -1,6 +1,6 @@
-"""How far this project is from what the authors' code computed: a table of the largest differences, as docs/official.md has it.
+"""The largest differences between this project and what the authors' code computed, as docs/official.md has them.
 
-    python bench/parity.py [RECORD.safetensors]     # by default the reduced record of the tests
+python bench/parity.py [RECORD.safetensors]     # by default the reduced record of the tests
 """
 
 from __future__ import annotations

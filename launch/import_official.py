@@ -1,4 +1,4 @@
-"""Makes the published LongMem into one of this project: `python launch/import_official.py BACKBONE LONGMEM ...`; `--help`."""
+"""Makes the published LongMem into one of this project: `launch/import_official.py BACKBONE LONGMEM ...`; `--help`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses `arguments`, or the process's command line, and imports."""
     parser = argparse.ArgumentParser(
         description="Makes the two fairseq checkpoints of the paper's authors into a folder for "
-        "AutoModelForCausalLM.from_pretrained and launch/evaluate.py. Needs no fairseq, and runs no code that stands in "
-        "a checkpoint.",
+        "AutoModelForCausalLM.from_pretrained and launch/evaluate.py. Needs no fairseq, and runs no code that stands "
+        "in a checkpoint.",
         allow_abbrev=False,
     )
     parser.add_argument("backbone", metavar="BACKBONE.pt", type=Path, help="the backbone's checkpoint")
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bpe=None if options.no_tokenizer else options.bpe,
     )
     print(
-        f"{sizes.num_layers} backbone layers of {sizes.hidden_size:,}, {sizes.num_side_layers} of the SideNet, memory read "
-        f"in its layer {sizes.memory_layer} -> {options.output}"
+        f"{sizes.num_layers} backbone layers of {sizes.hidden_size:,}, {sizes.num_side_layers} of the SideNet, memory "
+        f"read in its layer {sizes.memory_layer} -> {options.output}"
     )
 
 

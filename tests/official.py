@@ -47,8 +47,8 @@ WRITTEN = 16
 EXACT = 2e-5
 """Largest difference of what is computed in float32 from the same numbers."""
 LOGITS, READ = 3e-4, 2**-8
-"""Those of logits, and of what else comes after a memory of one's own: last bits decide whether a number is stored as one or
-the next number of fp16, which lie up to 2^-8 apart here (|v| < 8), and what is read is a mean of such numbers."""
+"""Those of logits, and of what else comes after a memory of one's own: last bits decide whether a number is stored
+as one or the next of fp16, which lie up to 2^-8 apart here (|v| < 8), and what is read is a mean of such numbers."""
 BEFORE_MEMORY = {"side_layer0_out", "side_layer1_out", "mem_ln1_out", "mem_local_out", "backbone_k5", "backbone_v5"}
 """What does not depend on memory."""
 NESTED = "decoder.pretrained_model."
@@ -136,8 +136,9 @@ class Seeing:
         for number, following in enumerate([*side.layers[1:], side.norm]):  # which gets the difference, too
             self.handles.append(following.register_forward_pre_hook(self._input_keeper(f"side_layer{number}_out")))
         self.handles.append(side.norm.register_forward_hook(self._keeper("final_norm_out")))
-        (number, fusion), = side.fusions.items()
-        self.handles.append(side.layers[number - 1].ln_1.register_forward_hook(self._keeper("mem_ln1_out")))
+        ((number, fusion),) = side.fusions.items()
+        norm: Any = side.layers[number - 1].ln_1
+        self.handles.append(norm.register_forward_hook(self._keeper("mem_ln1_out")))
         fuse = fusion.fuse
 
         def spied(local: Tensor, query: Tensor, key: Tensor, reader: Any) -> Tensor:

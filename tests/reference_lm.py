@@ -96,9 +96,8 @@ class Reference:
         for module in self.model.modules():  # what the fast code hung onto the model is no business of ours
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        body = dict.fromkeys(("gpt2", "bloom", "longmem_gpt"), "transformer") | {"gpt_neox": "gpt_neox"}
-        body = body.get(self.kind, "model")
-        self.body: Any = getattr(self.model, body)
+        bodies = dict.fromkeys(("gpt2", "bloom", "longmem_gpt"), "transformer") | {"gpt_neox": "gpt_neox"}
+        self.body: Any = getattr(self.model, bodies.get(self.kind, "model"))
         if self.kind == "opt":
             self.body = self.body.decoder
         self.layers: list[Any] = list(self.body.h if hasattr(self.body, "h") else self.body.layers)

@@ -109,8 +109,9 @@ class LongMemGPTAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
+        )
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, alibi: Tensor, past_key_values: Cache | None
@@ -219,7 +220,7 @@ class LongMemGPTModel(LongMemGPTPreTrainedModel):
         """The token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Puts another one in its place."""
         self.wte = value
 
@@ -312,7 +313,7 @@ class LongMemGPTForCausalLM(LongMemGPTPreTrainedModel, GenerationMixin):
         """The LM head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Puts another one in its place."""
         self.lm_head = new_embeddings
 

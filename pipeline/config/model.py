@@ -113,7 +113,7 @@ class SideNetConfig(Section):
     norm_epsilon: Annotated[float, Field(gt=0, le=1)] | None = None
     """Epsilon of the SideNet's norms; null: as in the backbone's layers that they are copies of."""
     activation: Literal["gelu", "gelu_new", "relu", "silu"] | None = None
-    """Activation of the SideNet's MLPs, by transformers' names (`gelu` by the error function, `gelu_new` by tanh); null:
+    """Activation of the SideNet's MLPs, by transformers' names (`gelu`: error function, `gelu_new`: tanh); null:
     the backbone's."""
     fusion: Literal["gate", "joint"] = "gate"
     """How memory joins local attention: a learnt mix per head (the paper), or one softmax over both."""

@@ -121,9 +121,7 @@ def settings_of(sizes: Sizes, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_model(
-    sizes: Sizes, longmem: Checkpoint, *, more: Mapping[str, Any] | None = None
-) -> LongMemForCausalLM:
+def build_model(sizes: Sizes, longmem: Checkpoint, *, more: Mapping[str, Any] | None = None) -> LongMemForCausalLM:
     """The model of a checkpoint that was checked, in float32.
 
     Args:
@@ -158,8 +156,9 @@ def _write(
 ) -> None:
     logger.info("writing %.0f million parameters", sum(x.numel() for x in model.parameters()) / 1e6)
     model.save_pretrained(folder, save_backbone=True)
-    for place in (folder, folder / BACKBONE) if tokenizer is not None else ():
-        tokenizer.save_pretrained(place)
+    if tokenizer is not None:
+        for place in (folder, folder / BACKBONE):
+            tokenizer.save_pretrained(place)
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

@@ -39,7 +39,8 @@ def read_dictionary(path: Path, vocab_size: int) -> dict[str, int]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError("the dictionary cannot be read", got=f"{path} ({in_a_line(error)})", do="give dict.txt") from error
+        found = f"{path} ({in_a_line(error)})"
+        raise DataError("the dictionary cannot be read", got=found, do="give dict.txt") from error
     ids: dict[str, int] = {}
     for number, line in enumerate(lines):
         symbol, _, count = line.rpartition(" ")

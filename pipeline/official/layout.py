@@ -92,8 +92,8 @@ def check(sizes: Sizes, backbone: Checkpoint, longmem: Checkpoint) -> None:
     if sizes.num_layers != 2 * sizes.num_side_layers or sizes.hidden_size % sizes.num_heads:
         raise CheckpointError(
             "the two checkpoints do not fit each other",
-            got=f"{sizes.num_layers} backbone layers of {sizes.hidden_size} numbers, {sizes.num_side_layers} layers and "
-            f"{sizes.num_heads} heads of the SideNet",
+            got=f"{sizes.num_layers} backbone layers of {sizes.hidden_size} numbers, {sizes.num_side_layers} layers "
+            f"and {sizes.num_heads} heads of the SideNet",
             expected="two backbone layers to each of the SideNet, and heads that divide the hidden size",
             do=_DO,
         )

@@ -100,9 +100,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, Mapping) or not model or not all(isinstance(x, Tensor) for x in model.values()):
+        of = ", ".join(map(str, content)) if isinstance(content, dict) else "?"
         raise CheckpointError(
             f"{path.name} is no checkpoint of a model",
-            got=f"a {type(content).__name__} of {', '.join(map(str, content)) if isinstance(content, dict) else '?'}"[:300],
+            got=f"a {type(content).__name__} of {of}"[:300],
             expected="what fairseq saves: a dictionary whose `model` holds tensors by their names",
         )
     return Checkpoint(path, model, _settings(content))

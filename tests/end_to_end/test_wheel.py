@@ -29,8 +29,8 @@ from tests.tiny_run import TinyRun, save_backbone
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "eval", "launch")
 COMMANDS = (
-    *("evaluate", "export", "generate", "import-official", "inspect-memory", "plan", "prepare-backbone", "prepare-data"),
-    *("prepare-demonstrations", "status", "train"),
+    *("evaluate", "export", "generate", "import-official", "inspect-memory", "plan", "prepare-backbone"),
+    *("prepare-data", "prepare-demonstrations", "status", "train"),
 )
 TIMEOUT_S = 240  # the first start on a machine compiles an extension of DeepSpeed
 STEPS = 3

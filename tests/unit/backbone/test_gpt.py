@@ -1,4 +1,4 @@
-"""`longmem_gpt` as a model of transformers; its arithmetic is held by the tests of all families and by tests/official."""
+"""`longmem_gpt` as a model of transformers; the tests of all families and tests/official hold its arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def test_read_in_pieces_it_says_the_same() -> None:
     with torch.no_grad():
         whole = model(tokens)
         assert whole.past_key_values.get_seq_length() == LENGTH
-        found, cache = [], None
+        found: list[torch.Tensor] = []
+        cache = None
         for first, last in ((0, 5), (5, 6), (6, LENGTH)):
             part = model(tokens[:, first:last], past_key_values=cache, use_cache=True)
             found, cache = [*found, part.logits], part.past_key_values

@@ -56,9 +56,7 @@ def test_norms_and_activations(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "longmem_gpt"])
 @pytest.mark.parametrize(("layout", "boundaries"), [("uniform", (0, 2, 4)), ("top", (2, 3, 4))])
-def test_the_last_difference_is_that_of_the_normed_state(
-    family: str, layout: str, boundaries: tuple[int, ...]
-) -> None:
+def test_the_last_difference_is_that_of_the_normed_state(family: str, layout: str, boundaries: tuple[int, ...]) -> None:
     model, tokens = tiny_model(family), tiny_tokens((2, 12))
     side = TinyLongMem(model, sidenet={"layout": layout, "num_layers": 2, "residual": "paper_normed"})
     expected = ReferenceSideNet(model, boundaries, residual="paper_normed").logits(tokens).detach()

@@ -199,7 +199,7 @@ class Evaluated(Malicious):
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, kind: type[Malicious], name: str, is_old_form: bool) -> None:
     marker = tmp_path / "marker"
     backbone, longmem = save_pair(tmp_path)
-    for at, path in enumerate((backbone, longmem)):
+    for at in range(2):
         for place in ("model", "cfg"):
             bad = save(
                 tmp_path / f"bad-{at}-{place}.pt",
@@ -210,7 +210,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, kind: type[Malicious], n
             pair = [backbone, longmem]
             pair[at] = bad
             with pytest.raises(CheckpointError, match=f"without running code from it; got: .*{name}"):
-                import_official(*pair, save_dictionary(tmp_path / "dict.txt"), tmp_path / "made", bpe=None)
+                import_official(pair[0], pair[1], save_dictionary(tmp_path / "dict.txt"), tmp_path / "made", bpe=None)
     assert not marker.exists()
     assert not (tmp_path / "made").exists()
 
@@ -221,11 +221,14 @@ def test_a_class_of_somebody_else_is_named(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
-def _drop(name: str) -> Callable[[Weights, Weights], object]:
+Change = Callable[[Weights, Weights], object]
+
+
+def _drop(name: str) -> Change:
     return lambda _, longmem: longmem.pop(name)
 
 
-def _set(name: str, make: Callable[[Tensor], Tensor], *, of_backbone: bool = False) -> Callable[[Weights, Weights], object]:
+def _set(name: str, make: Callable[[Tensor], Tensor], *, of_backbone: bool = False) -> Change:
     def change(backbone: Weights, longmem: Weights) -> None:
         model = backbone if of_backbone else longmem
         model[name] = make(model[name])
@@ -247,17 +250,32 @@ def _fewer_layers(backbone: Weights, longmem: Weights) -> None:
 
 
 NESTED = "decoder.pretrained_model.decoder.model."
-BAD: Mapping[str, tuple[Callable[[Weights, Weights], object], str]] = {
-    "missing": (_drop("decoder.layer_norm.bias"), r"longmem.pt does not hold the weights.*no decoder.layer_norm.bias \(1 "),
+BAD: Mapping[str, tuple[Change, str]] = {
+    "missing": (
+        _drop("decoder.layer_norm.bias"),
+        r"longmem.pt does not hold the weights.*no decoder.layer_norm.bias \(1 ",
+    ),
     "foreign": (_foreign, r"got: a foreign decoder.layers.0.self_attn.k_proj.bias \(1 names"),
     "shape": (
         _set("decoder.layers.1.fc1.bias", lambda x: x[:-1]),
         r"longmem.pt is of another shape; got: decoder.layers.1.fc1.bias: \[255\] of torch.float32; expected: \[256\]",
     ),
-    "whole numbers": (_set("decoder.layer_norm.bias", lambda x: x.long()), r"decoder.layer_norm.bias: \[64\] of torch.int64"),
-    "version": (_set("decoder.version", lambda x: x - 1), r"another version of the decoder; got: decoder.version \[2.0\]"),
-    "embedding": (_set("decoder.embed_tokens.weight", lambda x: x + 1), "two weights differ.*decoder.embed_tokens.weight"),
-    "head": (_set("decoder.output_projection.weight", lambda x: x + 1), "two weights differ.*decoder.output_projection"),
+    "whole numbers": (
+        _set("decoder.layer_norm.bias", lambda x: x.long()),
+        r"decoder.layer_norm.bias: \[64\] of torch.int64",
+    ),
+    "version": (
+        _set("decoder.version", lambda x: x - 1),
+        r"another version of the decoder; got: decoder.version \[2.0\]",
+    ),
+    "embedding": (
+        _set("decoder.embed_tokens.weight", lambda x: x + 1),
+        "two weights differ.*decoder.embed_tokens.weight",
+    ),
+    "head": (
+        _set("decoder.output_projection.weight", lambda x: x + 1),
+        "two weights differ.*decoder.output_projection",
+    ),
     "other backbone": (
         _set("decoder.model.transformer.ln_f.bias", lambda x: x + 1, of_backbone=True),
         "two weights differ.*decoder.model.transformer.ln_f.bias in backbone.pt",
@@ -335,7 +353,8 @@ def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
 def test_a_wrong_dictionary(tmp_path: Path) -> None:
     path = tmp_path / "dict.txt"
     short = [str(number) for number in range(300)]
-    with pytest.raises(DataError, match=r"dict.txt belongs to another model; got: 300 symbols and 4 special ones; expected: 384"):
+    wrong = r"dict.txt belongs to another model; got: 300 symbols and 4 special ones; expected: 384"
+    with pytest.raises(DataError, match=wrong):
         read_dictionary(save_dictionary(path, short), VOCABULARY)
     with pytest.raises(DataError, match="dict.txt has a symbol twice; got: '7', again in line 9"):
         read_dictionary(save_dictionary(path, [*short[:8], "7", *short[8:]]), VOCABULARY)
@@ -346,7 +365,8 @@ def test_a_wrong_dictionary(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the dictionary cannot be read"):
         read_dictionary(path, VOCABULARY)
     bpe = save_bpe(tmp_path / "bpe")
-    with pytest.raises(DataError, match=r"does not name the ids of GPT-2's tokenizer; got: \d+ of 256 bytes have no id"):
+    wrong = r"does not name the ids of GPT-2's tokenizer; got: \d+ of 256 bytes have no id"
+    with pytest.raises(DataError, match=wrong):
         make_tokenizer({str(number): number + 4 for number in range(100)}, str(bpe), longest=64)
     with pytest.raises(DataError, match="GPT-2's tokenizer cannot be read; got: .*nowhere.*--no-tokenizer"):
         make_tokenizer({}, str(tmp_path / "nowhere"), longest=64)

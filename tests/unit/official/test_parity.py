@@ -1,4 +1,4 @@
-"""The authors' code and this project give the same: recorded on a CPU with small random weights (`tests/official.py`)."""
+"""The authors' code and this project give the same, with small random weights (`tests/official.py`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.config.model import ModelSettings
-from pipeline.memory.exchange import exchange_of
 from pipeline.distributed.groups import MemoryGroup
+from pipeline.memory.exchange import exchange_of
 from pipeline.model.longmem import LongMem
 from pipeline.official.convert import build_model
 from pipeline.official.layout import Sizes
