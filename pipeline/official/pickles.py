@@ -7,6 +7,7 @@ refuses everything else by name. Neither fairseq nor omegaconf is needed.
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ _TYPES = ("typing.Any", *(f"builtins.{name}" for name in ("str", "int", "float",
 def _allowed() -> list[Any]:
     # A class for each name: torch keeps them by class.
     names = (*(f"omegaconf.{name}" for name in _OMEGACONF), *_TYPES)
-    return [argparse.Namespace, *((type("Plain", (_Plain,), {}), name) for name in names)]
+    return [argparse.Namespace, defaultdict, *((type("Plain", (_Plain,), {}), name) for name in names)]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def test_settings_of_omegaconf_are_plain_data(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
     monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", module)
     settings = DictConfig()
-    settings.__dict__.update(_content={"k": 32, "chunk_size": 4}, _metadata={"ref_type": Any, "key_type": str})
+    metadata = {"ref_type": Any, "key_type": str, "resolver_cache": defaultdict(dict)}
+    settings.__dict__.update(_content={"k": 32, "chunk_size": 4}, _metadata=metadata)
     path = save(tmp_path / "x.pt", {"a": torch.zeros(1)}, settings)
     monkeypatch.undo()
     assert read_checkpoint(path).settings == {"k": 32, "chunk_size": 4}
