@@ -188,6 +188,9 @@ def _unreadable(got: str) -> BackboneError:
     return BackboneError("the backbone's weights cannot be loaded", got=f"backbone.path {got}", do=_CHECK)
 
 
+_CACHE_LINE = 64  # bytes
+
+
 def load_backbone(path: str, *, dtype: torch.dtype, attention: str | None, who: str = "") -> PreTrainedModel:
     """Loads a causal LM.
 
@@ -216,7 +219,18 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str | None, who: 
     except Exception as error:  # as above
         raise _unreadable(f"{path!r}{who} ({in_a_line(error)})") from error
     _check_names(path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
+    _align(model)
     return model
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Copies weights that begin within a cache line, as those mapped from a file may.
+
+    Some kernels round otherwise there: a model would differ in last bits from what was saved.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _CACHE_LINE:
+            parameter.data = parameter.data.clone()
 
 
 def _no_backbone(path: str, why: str) -> BackboneError:

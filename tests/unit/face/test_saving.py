@@ -74,8 +74,10 @@ def test_a_backbone_may_be_given(saved, expected, load):
     models = [load.from_pretrained(saved / "model", backbone=backbone) for _ in range(2)]
     for model in models:
         assert {name: parameter.data_ptr() for name, parameter in model.backbone.named_parameters()} == before
-        assert torch.equal(logits(model), expected)
-    assert torch.equal(backbone(IDS).logits, tiny_model("llama")(IDS).logits), "it still works alone"
+        # Its weights lie where they were mapped: there some kernels round otherwise.
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+    alone = tiny_model("llama")(IDS).logits
+    torch.testing.assert_close(backbone(IDS).logits, alone, rtol=0, atol=1e-4, msg="it still works alone")
     shutil.copytree(saved / "backbone", saved / "moved", dirs_exist_ok=True)
     assert torch.equal(logits(load.from_pretrained(saved / "model", backbone=str(saved / "moved"))), expected)
 
